@@ -1,0 +1,141 @@
+// The doors of attention: fill the params struct from tensor views and release the GIL. All checks of meaning are in
+// fastattn/ops/attention/spec.py; here only what would let a kernel read outside its tensors.
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "tensor.h"
+
+namespace py = pybind11;
+
+namespace fastattn {
+namespace {
+
+// [batch, seqlen, head] strides of a 4-D tensor, or of a packed 3-D one (batch stride 0).
+void strides(const View& t, int64_t (&to)[3]) {
+  bool packed = t.ndim == 3;
+  to[0] = packed ? 0 : t.stride[0];
+  to[1] = t.stride[packed ? 0 : 1];
+  to[2] = t.stride[packed ? 1 : 2];
+}
+
+void lse_strides(const View& t, int64_t (&to)[2]) {
+  to[0] = t.ndim == 3 ? t.stride[0] : 0;
+  to[1] = t.stride[t.ndim == 3 ? 1 : 0];
+}
+
+// Broadcast dimensions (size 1, or missing in front) get stride 0.
+void pair_strides(const View& t, int64_t (&to)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    int j = t.ndim - 4 + i;
+    to[i] = j < 0 || t.shape[j] == 1 ? 0 : t.stride[j];
+  }
+}
+
+// The options that forward and backward share, in one Python tuple so that a call converts few arguments:
+// (left, right, upper_left, scale, softcap, dropout_p, max_seqlen_q, max_seqlen_k, num_threads)
+void fill(AttentionParams& p, const View& q, const View& k, const View& v, const View& o, const View& lse, const View& mask,
+          const View& bias, const View& alibi_slopes, const View& sinks, const View& cu_seqlens_q, const View& cu_seqlens_k,
+          const View& philox, const py::tuple& options) {
+  bool packed = q.ndim == 3;
+  if (q.dtype > Dtype::f16) throw py::value_error("attention: q must be float32, bfloat16 or float16");
+  p.dtype = static_cast<int>(q.dtype);
+  p.batch = packed ? cu_seqlens_q.shape[0] - 1 : q.shape[0];
+  p.nheads = q.shape[q.ndim - 2];
+  p.headdim = q.shape[q.ndim - 1];
+  p.nheads_k = k.shape[k.ndim - 2];
+  p.headdim_v = v.shape[v.ndim - 1];
+  p.q = q.data;
+  p.k = k.data;
+  p.v = v.data;
+  p.o = o.data;
+  p.lse = lse.as<float>();
+  strides(q, p.q_stride);
+  strides(k, p.k_stride);
+  strides(v, p.v_stride);
+  strides(o, p.o_stride);
+  if (lse) lse_strides(lse, p.lse_stride);
+  if (packed) {
+    p.cu_seqlens_q = cu_seqlens_q.as<int32_t>();
+    p.cu_seqlens_k = cu_seqlens_k.as<int32_t>();
+  }
+  py::handle left = options[0], right = options[1];
+  p.left = left.is_none() ? kUnbounded : left.cast<int64_t>();
+  p.right = right.is_none() ? kUnbounded : right.cast<int64_t>();
+  p.upper_left = options[2].cast<bool>();
+  p.scale = options[3].cast<float>();
+  py::handle softcap = options[4];
+  p.softcap = softcap.is_none() ? 0.0f : softcap.cast<float>();
+  p.seqlen_q = packed ? options[6].cast<int64_t>() : q.shape[1];
+  p.seqlen_k = packed ? options[7].cast<int64_t>() : k.shape[1];
+  p.nthreads = options[8].cast<int>();
+  if (mask) {
+    p.mask = mask.as<bool>();
+    pair_strides(mask, p.mask_stride);
+  }
+  if (bias) {
+    p.bias = bias.data;
+    p.bias_dtype = static_cast<int>(bias.dtype);
+    pair_strides(bias, p.bias_stride);
+  }
+  if (alibi_slopes) {
+    p.alibi_slopes = alibi_slopes.as<float>();
+    p.alibi_stride[0] = alibi_slopes.ndim == 2 ? alibi_slopes.stride[0] : 0;
+    p.alibi_stride[1] = alibi_slopes.stride[alibi_slopes.ndim - 1];
+  }
+  if (sinks) p.sinks = sinks.as<float>();
+  double dropout_p = options[5].cast<double>();
+  if (dropout_p > 0.0) {
+    auto seed = static_cast<uint64_t>(philox.as<int64_t>()[0]), offset = static_cast<uint64_t>(philox.as<int64_t>()[1]);
+    p.dropout = true;
+    p.dropout_threshold = static_cast<uint32_t>(std::fmin(std::nearbyint(dropout_p * 4294967296.0), 4294967295.0));
+    p.dropout_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+    p.philox_key[0] = static_cast<uint32_t>(seed);
+    p.philox_key[1] = static_cast<uint32_t>(seed >> 32);
+    p.philox_offset = static_cast<uint32_t>(offset);
+  }
+}
+
+void attention_fwd(View q, View k, View v, View o, View lse, View mask, View bias, View alibi_slopes, View sinks, View cu_seqlens_q,
+                   View cu_seqlens_k, View philox, const py::tuple& options) {
+  AttentionParams p;
+  fill(p, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, philox, options);
+  py::gil_scoped_release release;
+  kernels().attention_fwd(p);
+}
+
+void attention_bwd(View q, View k, View v, View o, View lse, View mask, View bias, View alibi_slopes, View sinks, View cu_seqlens_q,
+                   View cu_seqlens_k, View philox, const py::tuple& options, View dout, View dlse, View dq, View dk, View dv,
+                   View dbias, View dsinks) {
+  AttentionBwdParams p;
+  fill(p, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, philox, options);
+  p.dout = dout.data;
+  p.dq = dq.data;
+  p.dk = dk.data;
+  p.dv = dv.data;
+  strides(dout, p.do_stride);
+  strides(dq, p.dq_stride);
+  strides(dk, p.dk_stride);
+  strides(dv, p.dv_stride);
+  if (dlse) {
+    p.dlse = dlse.as<float>();
+    lse_strides(dlse, p.dlse_stride);
+  }
+  if (dbias) {
+    p.dbias = dbias.as<float>();
+    pair_strides(dbias, p.dbias_stride);
+  }
+  if (dsinks) p.dsinks = dsinks.as<float>();
+  py::gil_scoped_release release;
+  kernels().attention_bwd(p);
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.def("attention_fwd", &attention_fwd);
+  m.def("attention_bwd", &attention_bwd);
+}
+
+}  // namespace fastattn

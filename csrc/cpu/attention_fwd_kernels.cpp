@@ -1,0 +1,238 @@
+// attention_fwd: o = softmax(scale q k^T + options) v and lse, one task per (batch, head, block of queries).
+// S^T formulation: lanes are queries, so q is packed once per task, k and v are broadcast in their own row order, the
+// softmax statistics are per lane without horizontal steps, and o is transposed back once.
+// Scratch per thread: q^T, o^T of the block, one K and one V tile, one score tile: L2 resident (0.3 MB at headdim 128).
+// Bound: multiply-adds, 4 * headdim FLOPs per visible pair. Dao, FlashAttention-2, arXiv:2307.08691.
+#include "attention_scores.h"
+#include "attention_tiles.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kBlockN = 128;
+constexpr int64_t kMaxMicros = 8;  // BLOCK_M = up to kMaxMicros * kM queries per task
+constexpr float kLazyRescale = 8.0f;  // rescale o only when the maximum grew by more than 2^8: P stays far from overflow
+
+template <class T, class Cells>
+struct Forward {
+  static constexpr int kDegree = sizeof(T) == 2 && !std_is_f16<T> ? 3 : 5;
+
+  const AttentionParams& p;
+  int64_t cells, groups, micros;
+  float c;  // raw score to log2 units
+  bool modified;
+  // scratch
+  float *qt, *ot, *scores, *probs, *k_tile, *v_tile, *keep;
+  PairTiles pairs;
+
+  static int64_t scratch_floats(const AttentionParams& p, int64_t micros) {
+    int64_t cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell, cols = round_up(p.headdim_v, kRows);
+    bool options = p.mask != nullptr || p.bias != nullptr || p.dropout;
+    return micros * kM * (cells + cols) + kBlockN * (kM * (options ? 5 : 2) + cells + cols) + 1024;
+  }
+
+  Forward(const AttentionParams& params, int64_t micros_) : p(params), micros(micros_) {
+    cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell;
+    groups = round_up(p.headdim_v, kRows) / kRows;
+    modified = is_modified(p);
+    c = modified ? 1.0f : p.scale * kLog2e;
+    float* at = static_cast<float*>(thread_scratch(scratch_floats(p, micros) * 4));
+    auto take = [&](int64_t n) {
+      float* mine = at;
+      at += round_up(n, 16);
+      return mine;
+    };
+    qt = take(micros * kM * cells);
+    ot = take(micros * kM * groups * kRows);
+    scores = take(kBlockN * kM);
+    probs = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : scores;
+    k_tile = take(kBlockN * cells);
+    v_tile = take(kBlockN * groups * kRows);
+    bool options = p.mask != nullptr || p.bias != nullptr || p.dropout;
+    pairs.mask = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
+    pairs.bias = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
+    keep = options ? take(kBlockN * kM) : nullptr;
+  }
+
+  struct Row {  // running statistics of one block of kM queries
+    Lanes lanes;
+    vf m[kVecs], l[kVecs];
+    bool started;
+  };
+
+  void run(int64_t b, int64_t h, int64_t m_begin) {
+    Head s = head_of(p, b, h);
+    int64_t count = min64(micros, round_up(s.sq - m_begin, kM) / kM);
+    if (count <= 0) return;
+    Row rows[kMaxMicros];
+    for (int64_t i = 0; i < count; ++i) {
+      Row& r = rows[i];
+      make_lanes(p, s, m_begin + i * kM, r.lanes);
+      for (int v = 0; v < kVecs; ++v) r.m[v] = splat(-kInfinity), r.l[v] = zero();
+      r.started = false;
+      rows_to_lanes<Cells>(q_row<T>(p, s, r.lanes.m0), p.q_stride[1], r.lanes.rows, p.headdim, qt + i * kM * cells);
+    }
+    int64_t end = rows[count - 1].lanes.end;
+    KeyTiles<T, Cells> tiles(p, s, cells, groups, k_tile, v_tile);
+    for (int64_t n0 = rows[0].lanes.begin / kRows * kRows; n0 < end; n0 += kBlockN) {
+      tiles.start(n0, min64(kBlockN, end - n0));
+      for (int64_t i = 0; i < count; ++i) micro(s, rows[i], i, tiles);
+    }
+    for (int64_t i = 0; i < count; ++i) finish(s, rows[i], ot + i * kM * groups * kRows);
+  }
+
+  // One block of kM queries against one tile of keys.
+  void micro(const Head& s, Row& r, int64_t index, KeyTiles<T, Cells>& tiles) {
+    int64_t begin = max64(tiles.n0, r.lanes.begin), end = min64(tiles.n0 + tiles.count, r.lanes.end);
+    if (begin >= end) return;
+    Sight sight = mask_sight(p, s, r.lanes.m0, r.lanes.rows, begin, end - begin);
+    if (sight == Sight::none) return;
+    int64_t skip = (begin - tiles.n0) / kRows * kRows;
+    int64_t n0 = tiles.n0 + skip, count = round_up(end - n0, kRows);
+    const float* k = tiles.k() + skip * tiles.k_ld;
+
+    bool plain = !modified && sight == Sight::all && n0 >= r.lanes.full_begin && n0 + count <= r.lanes.full_end;
+    vf top[kVecs];
+    for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
+    const float* q = qt + index * kM * cells;
+    for (int64_t n = 0; n < count; n += kRows) {
+      float* to = scores + n * kM;
+      block_product<Cells>(k + n * tiles.k_ld, tiles.k_ld, 1, q, kM, cells, [](int, int) { return zero(); }, [&](int i, int v, vf x) {
+        store(to + i * kM + v * VL, x);
+        top[v] = max(top[v], x);
+      });
+    }
+    if (!plain) {
+      for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
+      apply_options(p, s, r.lanes, n0, count, sight, modified, scores, pairs, top, nullptr);
+    }
+    float* o = ot + index * kM * groups * kRows;
+    update_maximum(r, top, o);
+    if (p.dropout) apply_dropout(p, s, r.lanes.m0, n0, count, keep);
+    exponentiate(r, count);
+    const float* v_cells = tiles.v() + skip / Cells::kPerCell * kRows;
+    if (__builtin_expect(tiles.v_not_finite, 0))
+      careful_product<Cells>(v_cells, tiles.v_ld, probs, groups, count / Cells::kPerCell, o, r.started);
+    else
+      product_groups<Cells>(v_cells, tiles.v_ld, probs, kM, groups, count / Cells::kPerCell, o, kM, r.started);
+    r.started = true;
+  }
+
+  // The reference maximum follows lazily; o and l are rescaled when it moves.
+  void update_maximum(Row& r, const vf (&top)[kVecs], float* o) {
+    vi grew = splat_i(0);
+    for (int v = 0; v < kVecs; ++v) grew |= (vi)(top[v] * splat(c) > r.m[v] + splat(kLazyRescale));
+    if (!any(grew)) return;
+    vf factor[kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      vf next = max(top[v] * splat(c), r.m[v]);
+      factor[v] = select((vi)(r.m[v] == next), splat(1.0f), exp2<5>(r.m[v] - next));
+      r.m[v] = next;
+      r.l[v] = r.l[v] * factor[v];
+    }
+    if (!r.started) return;
+    for (int64_t d = 0; d < groups * kRows; ++d)
+      for (int v = 0; v < kVecs; ++v) store(o + d * kM + v * VL, load(o + d * kM + v * VL) * factor[v]);
+  }
+
+  void exponentiate(Row& r, int64_t count) {
+    vf shift[kVecs];
+    // A lane that has seen nothing has m = -inf: subtracting 0 instead leaves exp2(-inf) = 0.
+    for (int v = 0; v < kVecs; ++v) shift[v] = select((vi)(r.m[v] == splat(-kInfinity)), zero(), -r.m[v]);
+    vf scale = splat(c);
+    if constexpr (Cells::kPerCell == 1) {
+      for (int64_t n = 0; n < count; ++n)
+        for (int v = 0; v < kVecs; ++v) {
+          float* at = scores + n * kM + v * VL;
+          vf x = exp2<kDegree>(fma(load(at), scale, shift[v]));
+          r.l[v] = r.l[v] + x;
+          if (p.dropout) x = x * load(keep + n * kM + v * VL);
+          store(at, x);
+        }
+    } else {
+      for (int64_t n = 0; n < count; n += 2)
+        for (int v = 0; v < kVecs; ++v) {
+          const float* at = scores + n * kM + v * VL;
+          vf x = exp2<kDegree>(fma(load(at), scale, shift[v])), y = exp2<kDegree>(fma(load(at + kM), scale, shift[v]));
+          r.l[v] = r.l[v] + (x + y);
+          if (p.dropout) {
+            x = x * load(keep + n * kM + v * VL);
+            y = y * load(keep + (n + 1) * kM + v * VL);
+          }
+          store_i(probs + n / 2 * kM + v * VL, pack_pairs(x, y));
+        }
+    }
+  }
+
+  void finish(const Head& s, Row& r, const float* o) {
+    float factor[kM], lse[kM];
+    for (int v = 0; v < kVecs; ++v) {
+      if (p.sinks != nullptr) {
+        vf sink = splat(p.sinks[s.h] * kLog2e), m = max(sink, r.m[v]);
+        vf rescale = select((vi)(r.m[v] == m), splat(1.0f), exp2<5>(r.m[v] - m));
+        // An infinite sink is a logit like any other: -inf adds nothing.
+        vf added = select((vi)(sink == m), splat(1.0f), exp2<5>(sink - m));
+        vi none = (vi)(m == splat(-kInfinity));
+        r.l[v] = select(none, zero(), r.l[v] * rescale + added);
+        r.m[v] = m;
+        store(factor + v * VL, rescale / r.l[v]);
+      } else {
+        store(factor + v * VL, splat(1.0f) / r.l[v]);
+      }
+      store(lse + v * VL, r.l[v]);
+    }
+    for (int v = 0; v < kVecs; ++v)
+      for (int i = 0; i < VL; ++i) {
+        int lane = v * VL + i;
+        float l = lse[lane];
+        if (l == 0.0f) factor[lane] = 0.0f;
+        lse[lane] = l == 0.0f ? -kInfinity : static_cast<float>(r.m[v][i] * 0.6931471805599453 + __builtin_log(l));
+      }
+    int64_t m = s.q_start + r.lanes.m0;
+    T* to = static_cast<T*>(p.o) + s.b * p.o_stride[0] + m * p.o_stride[1] + s.h * p.o_stride[2];
+    if (r.started) {
+      lanes_to_rows(o, factor, r.lanes.rows, p.headdim_v, to, p.o_stride[1]);
+    } else {
+      for (int64_t i = 0; i < r.lanes.rows; ++i)
+        for (int64_t d = 0; d < p.headdim_v; ++d) to[i * p.o_stride[1] + d] = T{};
+    }
+    if (p.lse != nullptr) {
+      float* lse_to = p.lse + s.b * p.lse_stride[0] + s.h * p.lse_stride[1] + m;
+      __builtin_memcpy(lse_to, lse, r.lanes.rows * sizeof(float));
+    }
+  }
+};
+
+template <class T, class Cells>
+void forward(const AttentionParams& p) {
+  int64_t micros = min64(kMaxMicros / 2, round_up(p.seqlen_q, kM) / kM);
+  if (p.headdim + p.headdim_v > 512) micros = min64(micros, 2);
+  int64_t block = micros * kM, blocks = round_up(p.seqlen_q, block) / block, heads = p.batch * p.nheads;
+  bool causal = p.right < kUnbounded;
+  parallel_for(p.nthreads, blocks * heads, [&](int64_t task) {
+    // Without a right bound neighbours share keys; with one, the longest rows go first.
+    int64_t head = causal ? task % heads : task / blocks;
+    int64_t m = causal ? blocks - 1 - task / heads : task % blocks;
+    Forward<T, Cells>(p, micros).run(head / p.nheads, head % p.nheads, m * block);
+  });
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionParams& p) {
+  if (p.seqlen_q <= 0 || p.batch <= 0) return;
+  if (p.dtype == 0) return forward<float, FloatCells>(p);
+  if (p.dtype == 2) return forward<f16, FloatCells>(p);
+#if defined(__AVX512BF16__)
+  return forward<bf16, PairCells>(p);
+#else
+  return forward<bf16, FloatCells>(p);
+#endif
+}
+void attention_bwd(const AttentionBwdParams&) {}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

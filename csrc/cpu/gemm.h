@@ -1,0 +1,89 @@
+// The one product inside attention: C[i][lane] (+)= sum_k A(i, k) * B[k][lane], a small block of rows by kM lanes.
+// A is broadcast cell by cell from memory in its natural layout, B and C have kM lanes per row. A cell is 4 bytes: a
+// float, or a pair of bf16 along k for the dot-product instruction. See docs/design/cpu-attention.md for the shapes.
+#pragma once
+#include "simd.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+// Register block: kRows x kVecs accumulators, kVecs B vectors and one broadcast fill the register file.
+#if VB == 64
+constexpr int kRows = 8, kVecs = 2;
+#else
+constexpr int kRows = 4, kVecs = 3;
+#endif
+constexpr int kM = kVecs * VL;  // lanes: query rows (or head columns in backward) handled side by side
+
+struct FloatCells {
+  static constexpr int kPerCell = 1;
+  FASTATTN_INLINE vf mul_add(vf acc, const float* a, vf b) { return fma(splat(*a), b, acc); }
+};
+
+#if defined(__AVX512BF16__)
+struct PairCells {
+  static constexpr int kPerCell = 2;
+  FASTATTN_INLINE vf mul_add(vf acc, const float* a, vf b) {
+    int32_t pair;
+    __builtin_memcpy(&pair, a, 4);
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)b);
+  }
+};
+#endif
+
+// One register block. A(i, k) = a[i * row + k * col]. epilogue(i, v, value) takes each finished vector.
+template <class Cells, class Start, class Epilogue>
+FASTATTN_INLINE void block_product(const float* a, int64_t row, int64_t col, const float* b, int64_t ldb, int64_t count,
+                                   Start&& start, Epilogue&& epilogue) {
+  vf acc[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = start(i, v);
+  for (int64_t k = 0; k < count; ++k) {
+    vf bk[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) bk[v] = load(b + v * VL);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = Cells::mul_add(acc[i][v], a + i * row, bk[v]);
+    a += col;
+    b += ldb;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) epilogue(i, v, acc[i][v]);
+}
+
+// C[rows][kM] = A B for `rows` a multiple of kRows; A row-major [rows][lda].
+template <class Cells>
+FASTATTN_INLINE void product_rows(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t count,
+                                  float* c, int64_t ldc, bool accumulate) {
+  for (int64_t r = 0; r < rows; r += kRows, a += kRows * lda, c += kRows * ldc) {
+    auto put = [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); };
+    if (accumulate)
+      block_product<Cells>(a, lda, 1, b, ldb, count, [&](int i, int v) { return load(c + i * ldc + v * VL); }, put);
+    else
+      block_product<Cells>(a, lda, 1, b, ldb, count, [](int, int) { return zero(); }, put);
+  }
+}
+
+// C[groups * kRows][kM] += A^T B for A stored in groups: [group][group_ld cells apart][k][kRows].
+template <class Cells>
+FASTATTN_INLINE void product_groups(const float* a, int64_t group_ld, const float* b, int64_t ldb, int64_t groups, int64_t count,
+                                    float* c, int64_t ldc, bool accumulate) {
+  for (int64_t g = 0; g < groups; ++g, a += group_ld, c += kRows * ldc) {
+    auto put = [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); };
+    if (accumulate)
+      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v) { return load(c + i * ldc + v * VL); }, put);
+    else
+      block_product<Cells>(a, 1, kRows, b, ldb, count, [](int, int) { return zero(); }, put);
+  }
+}
+
+}  // namespace
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

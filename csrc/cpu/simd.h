@@ -1,0 +1,238 @@
+// Vectors as wide as the instruction set this file is compiled for, on compiler vector extensions.
+// vf, vi: VL floats / int32. Intrinsics stand only where an instruction has no spelling (max with NaN order, scalef,
+// bf16 and fp16 conversions). Included once per instruction set, inside its own namespace: no symbol is shared, so the
+// linker can never give one instruction set's code to another.
+#pragma once
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VB 64
+#elif defined(__AVX2__)
+#define VB 32
+#else
+#define VB 16
+#endif
+
+#define FASTATTN_INLINE static inline __attribute__((always_inline))
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+constexpr int VL = VB / 4;
+typedef float vf __attribute__((vector_size(VB)));
+typedef int32_t vi __attribute__((vector_size(VB)));
+typedef uint32_t vu __attribute__((vector_size(VB)));
+typedef float vf_u __attribute__((vector_size(VB), aligned(4), may_alias));
+typedef int32_t vi_u __attribute__((vector_size(VB), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(VB / 2)));
+typedef uint16_t vh_u __attribute__((vector_size(VB / 2), aligned(2), may_alias));
+
+FASTATTN_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
+FASTATTN_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
+FASTATTN_INLINE vi load_i(const void* p) { return *static_cast<const vi_u*>(p); }
+FASTATTN_INLINE void store_i(void* p, vi x) { *static_cast<vi_u*>(p) = x; }
+FASTATTN_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
+FASTATTN_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
+
+// A constructor, not a loop over elements: GCC turns the loop into VL scalar inserts.
+#if VB == 64
+FASTATTN_INLINE vf splat(float s) { return (vf){s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s}; }
+FASTATTN_INLINE vi splat_i(int32_t s) { return (vi){s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s}; }
+FASTATTN_INLINE vi iota() { return (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+#elif VB == 32
+FASTATTN_INLINE vf splat(float s) { return (vf){s, s, s, s, s, s, s, s}; }
+FASTATTN_INLINE vi splat_i(int32_t s) { return (vi){s, s, s, s, s, s, s, s}; }
+FASTATTN_INLINE vi iota() { return (vi){0, 1, 2, 3, 4, 5, 6, 7}; }
+#else
+FASTATTN_INLINE vf splat(float s) { return (vf){s, s, s, s}; }
+FASTATTN_INLINE vi splat_i(int32_t s) { return (vi){s, s, s, s}; }
+FASTATTN_INLINE vi iota() { return (vi){0, 1, 2, 3}; }
+#endif
+
+FASTATTN_INLINE vf zero() { return splat(0.0f); }
+FASTATTN_INLINE vf select(vi condition, vf yes, vf no) {
+  return as_float((condition & as_int(yes)) | (~condition & as_int(no)));
+}
+FASTATTN_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted where the instruction set has FMA
+
+// NaN in b wins: the instruction returns its second operand when either is NaN.
+#if VB == 64
+FASTATTN_INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+FASTATTN_INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+FASTATTN_INLINE bool any(vi m) { return _mm512_movepi32_mask((__m512i)m) != 0; }
+#elif VB == 32
+FASTATTN_INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+FASTATTN_INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+FASTATTN_INLINE bool any(vi m) { return _mm256_movemask_ps((__m256)m) != 0; }
+#elif defined(__x86_64__)
+FASTATTN_INLINE vf max(vf a, vf b) { return (vf)_mm_max_ps((__m128)a, (__m128)b); }
+FASTATTN_INLINE vf min(vf a, vf b) { return (vf)_mm_min_ps((__m128)a, (__m128)b); }
+FASTATTN_INLINE bool any(vi m) { return _mm_movemask_ps((__m128)m) != 0; }
+#else
+FASTATTN_INLINE vf max(vf a, vf b) { return select(a > b, a, b); }
+FASTATTN_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
+FASTATTN_INLINE bool any(vi m) {
+  int32_t r = 0;
+  for (int i = 0; i < VL; ++i) r |= m[i];
+  return r != 0;
+}
+#endif
+
+FASTATTN_INLINE float reduce_add(vf x) {
+#if VB == 64
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float s = 0;
+  for (int i = 0; i < VL; ++i) s += x[i];
+  return s;
+#endif
+}
+FASTATTN_INLINE float reduce_max(vf x) {
+  float s = x[0];
+  for (int i = 1; i < VL; ++i) s = s > x[i] ? s : x[i];
+  return s;
+}
+
+// Loads and stores of n <= VL elements; lanes past n read as 0 and are not written.
+FASTATTN_INLINE vf load_n(const float* p, int64_t n) {
+#if VB == 64
+  return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+#else
+  vf x = zero();
+  __builtin_memcpy(&x, p, n * sizeof(float));
+  return x;
+#endif
+}
+FASTATTN_INLINE void store_n(float* p, vf x, int64_t n) {
+#if VB == 64
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x);
+#else
+  __builtin_memcpy(p, &x, n * sizeof(float));
+#endif
+}
+
+// ---- 16-bit floats. A bf16 is the upper half of a float; rounding is to nearest even, NaN stays NaN.
+typedef struct { uint16_t bits; } bf16;
+typedef struct { uint16_t bits; } f16;
+
+FASTATTN_INLINE vf widen_bf16(vh h) {
+#if VB == 64
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
+  return as_float(__builtin_convertvector(h, vi) << 16);
+#endif
+}
+FASTATTN_INLINE vh narrow_bf16(vf x) {
+  // Integer arithmetic on every instruction set: the conversion instruction would flush denormals.
+  vi b = as_int(x);
+  vi rounded = (vi)((vu)b + 0x7fffu + (((vu)b >> 16) & 1u));
+  vi nan = (vi)(x != x);
+  vi out = (nan & splat_i(0x7fc00000)) | (~nan & rounded);
+  return __builtin_convertvector((vu)out >> 16, vh);
+}
+#if VB == 64
+FASTATTN_INLINE vf widen_f16(vh h) { return (vf)_mm512_cvtph_ps((__m256i)h); }
+FASTATTN_INLINE vh narrow_f16(vf x) { return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif VB == 32
+FASTATTN_INLINE vf widen_f16(vh h) { return (vf)_mm256_cvtph_ps((__m128i)h); }
+FASTATTN_INLINE vh narrow_f16(vf x) { return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+FASTATTN_INLINE vf widen_f16(vh h) {
+  // Shift exponent and mantissa into place and rescale by 2^112, which also normalises fp16's denormals.
+  vi w = __builtin_convertvector(h, vi);
+  vi sign = (w & 0x8000) << 16, magnitude = (w & 0x7fff) << 13;
+  vf scaled = as_float(magnitude) * splat(0x1p112f);
+  vi special = (vi)(magnitude >= splat_i(0x7c00 << 13));
+  vi value = (special & (magnitude | splat_i(0x7f800000))) | (~special & as_int(scaled));
+  return as_float(value | sign);
+}
+FASTATTN_INLINE vh narrow_f16(vf x) {
+  vi b = as_int(x);
+  vi sign = (b >> 16) & 0x8000, a = b & 0x7fffffff;
+  // Normal numbers: round the mantissa to 10 bits, nearest even. Small ones: let an addition align and round them.
+  vi normal = (vi)((vu)a + 0xfffu + (((vu)a >> 13) & 1u) - (112u << 23)) >> 13;
+  vi small_value = as_int(as_float(a) + splat(0.5f)) - splat_i(0x3f000000);
+  vi is_small = (vi)(a < splat_i(113 << 23)), is_nan = (vi)(a > splat_i(0x7f800000)), is_inf = (vi)(normal >= splat_i(0x7c00));
+  vi out = (is_small & small_value) | (~is_small & normal);
+  out = (is_inf & ~is_small & splat_i(0x7c00)) | (~(is_inf & ~is_small) & out);
+  out = (is_nan & splat_i(0x7e00)) | (~is_nan & out);
+  return __builtin_convertvector((vu)(out | sign), vh);
+}
+#endif
+
+// One name for the three element types: load/store VL elements as floats.
+FASTATTN_INLINE vf load(const bf16* p) { return widen_bf16(*reinterpret_cast<const vh_u*>(p)); }
+FASTATTN_INLINE vf load(const f16* p) { return widen_f16(*reinterpret_cast<const vh_u*>(p)); }
+FASTATTN_INLINE void store(bf16* p, vf x) { *reinterpret_cast<vh_u*>(p) = narrow_bf16(x); }
+FASTATTN_INLINE void store(f16* p, vf x) { *reinterpret_cast<vh_u*>(p) = narrow_f16(x); }
+template <class T>
+FASTATTN_INLINE vf load_n(const T* p, int64_t n) {
+  vh h = {};
+  __builtin_memcpy(&h, p, n * 2);
+  return load(reinterpret_cast<const T*>(&h));
+}
+template <class T>
+FASTATTN_INLINE void store_n(T* p, vf x, int64_t n) {
+  T h[VL];
+  store(h, x);
+  __builtin_memcpy(p, h, n * 2);
+}
+FASTATTN_INLINE float to_float(float x) { return x; }
+FASTATTN_INLINE float to_float(bf16 x) {
+  uint32_t b = uint32_t(x.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &b, 4);
+  return f;
+}
+FASTATTN_INLINE float to_float(f16 x) {
+  f16 h[VL] = {x};
+  return load(h)[0];
+}
+template <class T>
+FASTATTN_INLINE T from_float(float x) {
+  T h[VL];
+  store(h, splat(x));
+  return h[0];
+}
+
+// ---- 2^x. Own minimax fits of 2^f on [-1/2, 1/2] with p(0) = 1 (Lawson iteration): relative error 9.1e-8 (degree 5),
+// 1.0e-4 (degree 3, for results that are rounded to bf16, 4e-3). Exact 0 for -inf and below 2^-126; NaN stays NaN.
+template <int Degree>
+FASTATTN_INLINE vf exp2_fraction(vf f) {
+  if constexpr (Degree == 3) {
+    vf p = fma(splat(5.500893112e-02f), f, splat(2.422109593e-01f));
+    p = fma(p, f, splat(6.932829271e-01f));
+    return fma(p, f, splat(1.0f));
+  } else {
+    vf p = fma(splat(1.326472720e-03f), f, splat(9.671512640e-03f));
+    p = fma(p, f, splat(5.550733743e-02f));
+    p = fma(p, f, splat(2.402224209e-01f));
+    p = fma(p, f, splat(6.931469776e-01f));
+    return fma(p, f, splat(1.0f));
+  }
+}
+template <int Degree>
+FASTATTN_INLINE vf exp2(vf x) {
+#if VB == 64
+  __m512 f = _mm512_reduce_ps((__m512)x, 0);  // x - round(x); 0 for infinities
+  return (vf)_mm512_scalef_ps((__m512)exp2_fraction<Degree>((vf)f), (__m512)x - f);
+#else
+  vf clamped = max(splat(-127.0f), min(splat(128.0f), x));
+  vf rounded = (clamped + splat(12582912.0f)) - splat(12582912.0f);
+  vf p = exp2_fraction<Degree>(clamped - rounded);
+  vi exponent = __builtin_convertvector(rounded, vi);
+  // Two factors: 2^128 alone would not fit an exponent field.
+  vi half = exponent >> 1;
+  vf y = p * as_float((half + 127) << 23) * as_float((exponent - half + 127) << 23);
+  y = select((vi)(x < splat(-126.0f)), zero(), y);
+  return select((vi)(x != x), x, y);
+#endif
+}
+
+}  // namespace
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

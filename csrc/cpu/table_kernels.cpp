@@ -1,0 +1,23 @@
+// The table of this instruction set's kernels. A new family adds its declaration and its row here and in kernels.h.
+#include "kernels.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+void attention_fwd(const AttentionParams&);
+void attention_bwd(const AttentionBwdParams&);
+double fma_flops(bool bf16, int64_t iterations);
+
+#define FASTATTN_NAME(isa) FASTATTN_STRING(isa)
+#define FASTATTN_STRING(text) #text
+
+extern const Kernels table;
+const Kernels table = {
+    FASTATTN_NAME(FASTATTN_ISA),
+    attention_fwd,
+    attention_bwd,
+    fma_flops,
+};
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,160 @@
+// Moving tiles: rows of q, k, v, o in memory to and from the layouts that gemm.h reads, in cells of 4 bytes.
+#pragma once
+#include "gemm.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+FASTATTN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTATTN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Interleaves the lower (upper) halves of a and b lane by lane.
+FASTATTN_INLINE vi zip_low(vi a, vi b) {
+#if VB == 64
+  return __builtin_shuffle(a, b, (vi){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+#elif VB == 32
+  return __builtin_shuffle(a, b, (vi){0, 8, 1, 9, 2, 10, 3, 11});
+#else
+  return __builtin_shuffle(a, b, (vi){0, 4, 1, 5});
+#endif
+}
+FASTATTN_INLINE vi zip_high(vi a, vi b) {
+#if VB == 64
+  return __builtin_shuffle(a, b, (vi){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+#elif VB == 32
+  return __builtin_shuffle(a, b, (vi){4, 12, 5, 13, 6, 14, 7, 15});
+#else
+  return __builtin_shuffle(a, b, (vi){2, 6, 3, 7});
+#endif
+}
+
+// VL x VL transpose in registers: log2(VL) perfect shuffles of the rows.
+FASTATTN_INLINE void transpose(vi (&r)[VL]) {
+#pragma GCC unroll 4
+  for (int stage = 1; stage < VL; stage *= 2) {
+    vi t[VL];
+#pragma GCC unroll 8
+    for (int i = 0; i < VL / 2; ++i) {
+      t[2 * i] = zip_low(r[i], r[i + VL / 2]);
+      t[2 * i + 1] = zip_high(r[i], r[i + VL / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; ++i) r[i] = t[i];
+  }
+}
+
+// VL cells of a row, starting at cell c; the row has `cols` elements, what is past them reads as 0.
+template <class Cells, class T>
+FASTATTN_INLINE vi row_cells(const T* row, int64_t c, int64_t cols) {
+  if constexpr (Cells::kPerCell == 2) {
+    int64_t first = 2 * c, left = cols - first;
+    if (left >= 2 * VL) return load_i(row + first);
+    vi x = {};
+    if (left > 0) __builtin_memcpy(&x, row + first, left * 2);
+    return x;
+  } else {
+    int64_t left = cols - c;
+    if (left >= VL) return as_int(load(row + c));
+    return left > 0 ? as_int(load_n(row + c, left)) : splat_i(0);
+  }
+}
+
+// to[cell][lane] = cell of row `lane`, lanes past `rows` are 0: the B operand made of up to kM rows.
+template <class Cells, class T>
+FASTATTN_INLINE void rows_to_lanes(const T* from, int64_t stride, int64_t rows, int64_t cols, float* to) {
+  int64_t cells = round_up(cols, Cells::kPerCell) / Cells::kPerCell;
+  for (int64_t lane = 0; lane < kM; lane += VL) {
+    for (int64_t c = 0; c < cells; c += VL) {
+      vi block[VL];
+      for (int i = 0; i < VL; ++i)
+        block[i] = lane + i < rows ? row_cells<Cells>(from + (lane + i) * stride, c, cols) : splat_i(0);
+      transpose(block);
+      int64_t n = min64(VL, cells - c);
+      for (int i = 0; i < n; ++i) store_i(to + (c + i) * kM + lane, block[i]);
+    }
+  }
+}
+
+// The inverse for results: row `lane` of `to` gets from[col][lane] * factor[lane], rounded to T.
+template <class T>
+FASTATTN_INLINE void lanes_to_rows(const float* from, const float* factor, int64_t rows, int64_t cols, T* to, int64_t stride) {
+  for (int64_t lane = 0; lane < kM && lane < rows; lane += VL) {
+    vf scale = load(factor + lane);
+    for (int64_t c = 0; c < cols; c += VL) {
+      vi block[VL];
+      int64_t n = min64(VL, cols - c), lanes = min64(VL, rows - lane);
+      for (int i = 0; i < VL; ++i) block[i] = i < n ? as_int(load(from + (c + i) * kM + lane) * scale) : splat_i(0);
+      transpose(block);
+      for (int i = 0; i < lanes; ++i) {
+        T* row = to + (lane + i) * stride + c;
+        if (n == VL)
+          store(row, as_float(block[i]));
+        else
+          store_n(row, as_float(block[i]), n);
+      }
+    }
+  }
+}
+
+FASTATTN_INLINE vi not_finite(vi float_bits) { return (vi)((float_bits & 0x7f800000) == 0x7f800000); }
+
+// One row as cells [cells], zero padded; returns lanes set where an element is inf or NaN.
+template <class Cells, class T>
+FASTATTN_INLINE vi copy_row(const T* row, int64_t cols, float* to) {
+  int64_t cells = round_up(cols, Cells::kPerCell) / Cells::kPerCell;
+  vi bad = splat_i(0);
+  int64_t c = 0;
+  for (; c + VL <= cells; c += VL) {
+    vi x = row_cells<Cells>(row, c, cols);
+    bad |= Cells::kPerCell == 2 ? not_finite(x << 16) | not_finite(x) : not_finite(x);
+    store_i(to + c, x);
+  }
+  if (c < cells) {
+    vi x = row_cells<Cells>(row, c, cols);
+    bad |= Cells::kPerCell == 2 ? not_finite(x << 16) | not_finite(x) : not_finite(x);
+    __builtin_memcpy(to + c, &x, (cells - c) * 4);
+  }
+  return bad;
+}
+
+// VL cells whose pairs run along the rows (kPerCell == 2: (a, b)), or plain floats of row a.
+template <class Cells, class T>
+FASTATTN_INLINE vi column_cells(const T* a, const T* b, int64_t c, int64_t cols) {
+  if constexpr (Cells::kPerCell == 2) {
+    vh x = {}, y = {};
+    int64_t n = min64(VL, cols - c);
+    if (n == VL) {
+      x = *reinterpret_cast<const vh_u*>(a + c);
+      if (b != nullptr) y = *reinterpret_cast<const vh_u*>(b + c);
+    } else if (n > 0) {
+      __builtin_memcpy(&x, a + c, n * 2);
+      if (b != nullptr) __builtin_memcpy(&y, b + c, n * 2);
+    }
+    return __builtin_convertvector(x, vi) | (__builtin_convertvector(y, vi) << 16);
+  } else {
+    return row_cells<Cells>(a, c, cols);
+  }
+}
+
+// Two rows (one for floats) into the grouped layout of product_groups: to[group][pair index k][kRows], group_ld cells
+// between groups. `cols` is padded with zeros to a multiple of kRows. Returns lanes set at inf or NaN.
+template <class Cells, class T>
+FASTATTN_INLINE vi group_rows(const T* a, const T* b, int64_t cols, int64_t k, int64_t group_ld, float* to) {
+  vi bad = splat_i(0);
+  for (int64_t c = 0; c < cols; c += VL) {
+    vi x = column_cells<Cells>(a, b, c, cols);
+    bad |= Cells::kPerCell == 2 ? not_finite(x << 16) | not_finite(x) : not_finite(x);
+    float cells[VL];
+    store_i(cells, x);
+#pragma GCC unroll 4
+    for (int g = 0; g < VL / kRows; ++g)
+      if (c + g * kRows < cols) __builtin_memcpy(to + (c / kRows + g) * group_ld + k * kRows, cells + g * kRows, kRows * 4);
+  }
+  return bad;
+}
+
+}  // namespace
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

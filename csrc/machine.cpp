@@ -1,0 +1,125 @@
+// What this machine can attain, for the benchmarks: multiply-add rate, copy and read bandwidth, on torch's threads.
+#include <pybind11/pybind11.h>
+#include <sys/mman.h>
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+#include <chrono>
+#include <cstring>
+#include <new>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace fastattn {
+void bind_dispatch(py::module_& m);
+
+namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// GFLOP/s of all threads together over about `seconds`.
+double fma_peak(const std::string& dtype, double seconds, int nthreads) {
+  if (dtype != "fp32" && dtype != "bf16") throw py::value_error("fma_peak: dtype must be 'fp32' or 'bf16', got '" + dtype + "'");
+  if (nthreads < 1) throw py::value_error("fma_peak: num_threads must be at least 1");
+  py::gil_scoped_release release;
+  struct Slot {
+    double flops = 0;
+    char pad[56];
+  };
+  struct Run {
+    bool bf16;
+    double seconds;
+    Slot slots[256];
+  } run{dtype == "bf16", seconds, {}};
+  if (nthreads > 256) nthreads = 256;
+  auto body = [](void* context, int thread) {
+    auto& r = *static_cast<Run*>(context);
+    double end = now() + r.seconds;
+    do r.slots[thread].flops += kernels().fma_flops(r.bf16, 2000);
+    while (now() < end);
+  };
+  double start = now();
+  run_threads(nthreads, body, &run);
+  double elapsed = now() - start, flops = 0;
+  for (int i = 0; i < nthreads; ++i) flops += run.slots[i].flops;
+  return flops / elapsed / 1e9;
+}
+
+struct Buffer {
+  char* data;
+  size_t bytes;
+  explicit Buffer(size_t n) : bytes((n + (2 << 20) - 1) >> 21 << 21) {
+    data = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (data == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    std::memset(data, 1, bytes);
+  }
+  ~Buffer() { munmap(data, bytes); }
+};
+
+void stream_copy(char* to, const char* from, size_t n) {
+#if defined(__x86_64__)
+  for (size_t i = 0; i + 64 <= n; i += 64)
+    for (int j = 0; j < 64; j += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + j)));
+  _mm_sfence();
+#else
+  std::memcpy(to, from, n);
+#endif
+}
+
+uint64_t stream_read(const char* from, size_t n) {
+  typedef uint64_t v8 __attribute__((vector_size(64), aligned(64)));
+  v8 sum = {};
+  for (size_t i = 0; i + 64 <= n; i += 64) sum ^= *reinterpret_cast<const v8*>(from + i);
+  uint64_t s = 0;
+  for (int i = 0; i < 8; ++i) s ^= sum[i];
+  return s;
+}
+
+// GB/s, best of seven passes over `bytes` of source; copy counts read plus write.
+double bandwidth(int64_t bytes, int nthreads, bool copy) {
+  if (bytes < (1 << 16)) throw py::value_error("bandwidth: nbytes must be at least 65536");
+  if (nthreads < 1) throw py::value_error("bandwidth: num_threads must be at least 1");
+  py::gil_scoped_release release;
+  Buffer source(bytes), target(copy ? bytes : 1);
+  double best = 0;
+  constexpr int64_t kChunk = 1 << 15;
+  int64_t chunks = bytes / kChunk, per_thread = (chunks + nthreads - 1) / nthreads;
+  uint64_t sink = 0;
+  for (int pass = 0; pass < 7; ++pass) {
+    double start = now();
+    parallel_for(nthreads, nthreads, [&](int64_t t) {
+      int64_t begin = t * per_thread * kChunk, end = begin + per_thread * kChunk;
+      if (end > chunks * kChunk) end = chunks * kChunk;
+      if (begin >= end) return;
+      if (copy)
+        stream_copy(target.data + begin, source.data + begin, end - begin);
+      else
+        __atomic_fetch_xor(&sink, stream_read(source.data + begin, end - begin), __ATOMIC_RELAXED);
+    });
+    double rate = static_cast<double>(chunks * kChunk) * (copy ? 2 : 1) / (now() - start) / 1e9;
+    if (rate > best) best = rate;
+  }
+  return best;
+}
+
+}  // namespace
+
+void bind_machine(py::module_& m) {
+  bind_dispatch(m);
+  m.def("fma_peak", &fma_peak, py::arg("dtype"), py::arg("seconds") = 0.002, py::arg("num_threads") = 1,
+        "Multiply-add rate in GFLOP/s: 'fp32', or 'bf16' (dot products where the CPU has them).");
+  m.def("copy_bandwidth", [](int64_t n, int t) { return bandwidth(n, t, true); }, py::arg("nbytes"), py::arg("num_threads") = 1,
+        "Non-temporal copy in GB/s, read plus write.");
+  m.def("read_bandwidth", [](int64_t n, int t) { return bandwidth(n, t, false); }, py::arg("nbytes"), py::arg("num_threads") = 1,
+        "Read in GB/s.");
+}
+
+}  // namespace fastattn

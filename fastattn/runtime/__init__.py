@@ -1,0 +1,1 @@
+"""What runs below the operations: environment variables and the native module."""
