@@ -18,7 +18,7 @@ constexpr float kLazyRescale = 8.0f;  // rescale o only when the maximum grew by
 
 template <class T, class Cells>
 struct Forward {
-  static constexpr int kDegree = sizeof(T) == 2 && !std_is_f16<T> ? 3 : 5;
+  static constexpr int kDegree = sizeof(T) == 2 && !std_is_f16<T> ? 3 : 6;
 
   const AttentionParams& p;
   int64_t cells, groups, micros;
@@ -100,7 +100,7 @@ struct Forward {
     const float* q = qt + index * kM * cells;
     for (int64_t n = 0; n < count; n += kRows) {
       float* to = scores + n * kM;
-      block_product<Cells>(k + n * tiles.k_ld, tiles.k_ld, 1, q, kM, cells, [](int, int) { return zero(); }, [&](int i, int v, vf x) {
+      block_product<Cells>(k + n * tiles.k_ld, tiles.k_ld, 1, q, kM, cells, [&](int i, int v, vf x) {
         store(to + i * kM + v * VL, x);
         top[v] = max(top[v], x);
       });
@@ -129,7 +129,7 @@ struct Forward {
     vf factor[kVecs];
     for (int v = 0; v < kVecs; ++v) {
       vf next = max(top[v] * splat(c), r.m[v]);
-      factor[v] = select((vi)(r.m[v] == next), splat(1.0f), exp2<5>(r.m[v] - next));
+      factor[v] = select((vi)(r.m[v] == next), splat(1.0f), exp2<6>(r.m[v] - next));
       r.m[v] = next;
       r.l[v] = r.l[v] * factor[v];
     }
@@ -143,28 +143,26 @@ struct Forward {
     // A lane that has seen nothing has m = -inf: subtracting 0 instead leaves exp2(-inf) = 0.
     for (int v = 0; v < kVecs; ++v) shift[v] = select((vi)(r.m[v] == splat(-kInfinity)), zero(), -r.m[v]);
     vf scale = splat(c);
-    if constexpr (Cells::kPerCell == 1) {
-      for (int64_t n = 0; n < count; ++n)
-        for (int v = 0; v < kVecs; ++v) {
-          float* at = scores + n * kM + v * VL;
-          vf x = exp2<kDegree>(fma(load(at), scale, shift[v]));
-          r.l[v] = r.l[v] + x;
-          if (p.dropout) x = x * load(keep + n * kM + v * VL);
-          store(at, x);
+    vf sum[2][kVecs];  // of this tile, even and odd keys apart: short chains, small rounding
+    for (int v = 0; v < kVecs; ++v) sum[0][v] = sum[1][v] = zero();
+    for (int64_t n = 0; n < count; n += 2)
+      for (int v = 0; v < kVecs; ++v) {
+        float* at = scores + n * kM + v * VL;
+        vf x = exp2<kDegree>(fma(load(at), scale, shift[v])), y = exp2<kDegree>(fma(load(at + kM), scale, shift[v]));
+        sum[0][v] = sum[0][v] + x;
+        sum[1][v] = sum[1][v] + y;
+        if (p.dropout) {
+          x = x * load(keep + n * kM + v * VL);
+          y = y * load(keep + (n + 1) * kM + v * VL);
         }
-    } else {
-      for (int64_t n = 0; n < count; n += 2)
-        for (int v = 0; v < kVecs; ++v) {
-          const float* at = scores + n * kM + v * VL;
-          vf x = exp2<kDegree>(fma(load(at), scale, shift[v])), y = exp2<kDegree>(fma(load(at + kM), scale, shift[v]));
-          r.l[v] = r.l[v] + (x + y);
-          if (p.dropout) {
-            x = x * load(keep + n * kM + v * VL);
-            y = y * load(keep + (n + 1) * kM + v * VL);
-          }
+        if constexpr (Cells::kPerCell == 1) {
+          store(at, x);
+          store(at + kM, y);
+        } else {
           store_i(probs + n / 2 * kM + v * VL, pack_pairs(x, y));
         }
-    }
+      }
+    for (int v = 0; v < kVecs; ++v) r.l[v] = r.l[v] + (sum[0][v] + sum[1][v]);
   }
 
   void finish(const Head& s, Row& r, const float* o) {
@@ -172,9 +170,9 @@ struct Forward {
     for (int v = 0; v < kVecs; ++v) {
       if (p.sinks != nullptr) {
         vf sink = splat(p.sinks[s.h] * kLog2e), m = max(sink, r.m[v]);
-        vf rescale = select((vi)(r.m[v] == m), splat(1.0f), exp2<5>(r.m[v] - m));
+        vf rescale = select((vi)(r.m[v] == m), splat(1.0f), exp2<6>(r.m[v] - m));
         // An infinite sink is a logit like any other: -inf adds nothing.
-        vf added = select((vi)(sink == m), splat(1.0f), exp2<5>(sink - m));
+        vf added = select((vi)(sink == m), splat(1.0f), exp2<6>(sink - m));
         vi none = (vi)(m == splat(-kInfinity));
         r.l[v] = select(none, zero(), r.l[v] * rescale + added);
         r.m[v] = m;
@@ -232,7 +230,7 @@ void attention_fwd(const AttentionParams& p) {
   return forward<bf16, FloatCells>(p);
 #endif
 }
-void attention_bwd(const AttentionBwdParams&) {}
+
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

@@ -33,14 +33,14 @@ struct PairCells {
 #endif
 
 // One register block. A(i, k) = a[i * row + k * col]. epilogue(i, v, value) takes each finished vector.
-template <class Cells, class Start, class Epilogue>
+template <class Cells, class Epilogue>
 FASTATTN_INLINE void block_product(const float* a, int64_t row, int64_t col, const float* b, int64_t ldb, int64_t count,
-                                   Start&& start, Epilogue&& epilogue) {
+                                   Epilogue&& epilogue) {
   vf acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[i][v] = start(i, v);
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = zero();
   for (int64_t k = 0; k < count; ++k) {
     vf bk[kVecs];
 #pragma GCC unroll 4
@@ -58,16 +58,19 @@ FASTATTN_INLINE void block_product(const float* a, int64_t row, int64_t col, con
     for (int v = 0; v < kVecs; ++v) epilogue(i, v, acc[i][v]);
 }
 
+// Accumulators start at zero and are added to C at the end: a tile's partial sum is rounded on its own scale, which
+// halves the error of long sums for the price of one addition per vector.
+FASTATTN_INLINE void add_to(float* c, vf x) { store(c, load(c) + x); }
+
 // C[rows][kM] = A B for `rows` a multiple of kRows; A row-major [rows][lda].
 template <class Cells>
 FASTATTN_INLINE void product_rows(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t count,
                                   float* c, int64_t ldc, bool accumulate) {
   for (int64_t r = 0; r < rows; r += kRows, a += kRows * lda, c += kRows * ldc) {
-    auto put = [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); };
     if (accumulate)
-      block_product<Cells>(a, lda, 1, b, ldb, count, [&](int i, int v) { return load(c + i * ldc + v * VL); }, put);
+      block_product<Cells>(a, lda, 1, b, ldb, count, [&](int i, int v, vf x) { add_to(c + i * ldc + v * VL, x); });
     else
-      block_product<Cells>(a, lda, 1, b, ldb, count, [](int, int) { return zero(); }, put);
+      block_product<Cells>(a, lda, 1, b, ldb, count, [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); });
   }
 }
 
@@ -76,11 +79,10 @@ template <class Cells>
 FASTATTN_INLINE void product_groups(const float* a, int64_t group_ld, const float* b, int64_t ldb, int64_t groups, int64_t count,
                                     float* c, int64_t ldc, bool accumulate) {
   for (int64_t g = 0; g < groups; ++g, a += group_ld, c += kRows * ldc) {
-    auto put = [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); };
     if (accumulate)
-      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v) { return load(c + i * ldc + v * VL); }, put);
+      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { add_to(c + i * ldc + v * VL, x); });
     else
-      block_product<Cells>(a, 1, kRows, b, ldb, count, [](int, int) { return zero(); }, put);
+      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); });
   }
 }
 

@@ -1,0 +1,402 @@
+// attention_bwd: dq, dk, dv (and dbias, dsinks) from do, o and lse; P is recomputed tile by tile.
+// One task per (batch, key head, chunk of keys): K and V are packed once, every query head of the group and every block
+// of queries passes over them, dk and dv accumulate in fp32 in the task's scratch, dq in registers and L1. Five products
+// per tile, S = K q^T, dP = V do^T, dq += K^T dS, dv += P do, dk += dS q, all through gemm.h with lanes over queries
+// (first three) or head columns (last two). The partition depends on shapes only, so results do not depend on the
+// thread count. Scratch: 5 * chunk * headdim floats. Bound: multiply-adds, 10 * headdim FLOPs per visible pair.
+// Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
+#include <new>
+
+#include "attention_scores.h"
+#include "attention_tiles.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kBlockN = 128;
+
+// Which loops run inside one task: a bias gradient that is summed over batch or heads is summed in a fixed order.
+struct Plan {
+  int64_t batch_tasks, head_tasks, chunks, chunk_keys;
+};
+
+Plan make_plan(const AttentionBwdParams& p) {
+  Plan plan;
+  bool merge_batch = p.dbias != nullptr && p.dbias_stride[0] == 0, merge_heads = p.dbias != nullptr && p.dbias_stride[1] == 0;
+  plan.batch_tasks = merge_batch ? 1 : p.batch;
+  plan.head_tasks = merge_heads ? 1 : p.nheads_k;
+  int64_t tasks = plan.batch_tasks * plan.head_tasks, most = max64(1, p.seqlen_k / 512);
+  bool keys_summed = p.dbias != nullptr && p.dbias_stride[3] == 0;
+  plan.chunks = tasks >= 16 || keys_summed ? 1 : min64(most, (16 + tasks - 1) / tasks);
+  plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, kBlockN);
+  plan.chunks = max64(1, (p.seqlen_k + plan.chunk_keys - 1) / max64(1, plan.chunk_keys));
+  return plan;
+}
+
+// Rows of dq over all sequences: the partial sums of chunks are stored by it.
+FASTATTN_INLINE int64_t query_rows(const AttentionParams& p) { return p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.seqlen_q; }
+FASTATTN_INLINE int64_t query_row(const AttentionParams& p, const Head& s, int64_t m) {
+  return (p.cu_seqlens_q ? s.q_start : s.b * p.seqlen_q) + m;
+}
+
+template <class T>
+FASTATTN_INLINE T* out_row(void* base, const int64_t (&stride)[3], int64_t b, int64_t row, int64_t h) {
+  return static_cast<T*>(base) + b * stride[0] + row * stride[1] + h * stride[2];
+}
+
+// delta[lane] = rowsum(do * o) - dlse.
+template <class T>
+FASTATTN_INLINE float delta_of(const AttentionBwdParams& p, const Head& s, int64_t m) {
+  const T* dout = out_row<T>(const_cast<void*>(p.dout), p.do_stride, s.b, s.q_start + m, s.h);
+  const T* o = out_row<T>(p.o, p.o_stride, s.b, s.q_start + m, s.h);
+  vf sum = zero();
+  int64_t d = 0;
+  for (; d + VL <= p.headdim_v; d += VL) sum = fma(load(dout + d), load(o + d), sum);
+  if (d < p.headdim_v) sum = fma(load_n(dout + d, p.headdim_v - d), load_n(o + d, p.headdim_v - d), sum);
+  float delta = reduce_add(sum);
+  if (p.dlse != nullptr) delta -= p.dlse[s.b * p.dlse_stride[0] + s.h * p.dlse_stride[1] + s.q_start + m];
+  return delta;
+}
+FASTATTN_INLINE float lse_of(const AttentionParams& p, const Head& s, int64_t m) {
+  return p.lse[s.b * p.lse_stride[0] + s.h * p.lse_stride[1] + s.q_start + m];
+}
+
+template <class T, class Cells>
+struct Backward {
+  static constexpr int kDegree = sizeof(T) == 2 && !std_is_f16<T> ? 3 : 6;
+
+  const AttentionBwdParams& p;
+  const Plan& plan;
+  float* dq_partial;  // [chunks][nheads][rows of dq][headdim], null with one chunk
+  int64_t cells, cells_v, groups, lanes_d, lanes_v;
+  float c;
+  bool modified;
+  // Packed keys of the chunk, per tile of kBlockN: cells by rows, K also by groups; and the accumulators.
+  float *k_cells, *k_groups, *v_cells, *dk, *dv;
+  uint8_t* k_not_finite;
+  // One block of kM queries.
+  float *q_lanes, *do_lanes, *q_rows, *do_rows, *dq_lanes, *shift, *shift_low, *delta;
+  // One tile.
+  float *scores, *dp, *p_rows, *ds_rows, *ds_pairs, *keep, *slope;
+  PairTiles pairs;
+
+  template <class Take>
+  void layout(Take&& take) {
+    int64_t keys = plan.chunk_keys, packed_rows = kM / Cells::kPerCell;
+    bool options = p.mask != nullptr || p.bias != nullptr || p.dropout || p.softcap > 0.0f;
+    k_cells = take(keys * cells);
+    k_groups = take(keys / Cells::kPerCell * groups * kRows);
+    v_cells = take(keys * cells_v);
+    dk = take(keys * lanes_d);
+    dv = take(keys * lanes_v);
+    k_not_finite = reinterpret_cast<uint8_t*>(take(keys / kBlockN / 4 + 1));
+    q_lanes = take(cells * kM);
+    do_lanes = take(cells_v * kM);
+    q_rows = take(packed_rows * lanes_d);
+    do_rows = take(packed_rows * lanes_v);
+    dq_lanes = take(groups * kRows * kM);
+    shift = take(kM);
+    shift_low = take(kM);
+    delta = take(kM);
+    scores = take(kBlockN * kM);
+    dp = take(kBlockN * kM);
+    p_rows = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : scores;
+    ds_rows = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : dp;
+    ds_pairs = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : dp;
+    pairs.mask = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
+    pairs.bias = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
+    keep = options ? take(kBlockN * kM) : nullptr;
+    slope = options ? take(kBlockN * kM) : nullptr;
+  }
+
+  Backward(const AttentionBwdParams& params, const Plan& pl, float* partial) : p(params), plan(pl), dq_partial(partial) {
+    cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell;
+    cells_v = round_up(p.headdim_v, Cells::kPerCell) / Cells::kPerCell;
+    groups = round_up(p.headdim, kRows) / kRows;
+    lanes_d = round_up(p.headdim, kM);
+    lanes_v = round_up(p.headdim_v, kM);
+    modified = is_modified(p);
+    c = modified ? 1.0f : p.scale * kLog2e;
+    int64_t floats = 0;
+    layout([&](int64_t n) {
+      floats += round_up(n, 16);
+      return static_cast<float*>(nullptr);
+    });
+    float* at = static_cast<float*>(thread_scratch(floats * 4));
+    layout([&](int64_t n) {
+      float* mine = at;
+      at += round_up(n, 16);
+      return mine;
+    });
+  }
+
+  void run(int64_t batch_task, int64_t head_task, int64_t chunk) {
+    int64_t b_end = plan.batch_tasks == p.batch ? batch_task + 1 : p.batch;
+    int64_t h_end = plan.head_tasks == p.nheads_k ? head_task + 1 : p.nheads_k;
+    for (int64_t b = batch_task; b < b_end; ++b)
+      for (int64_t hk = head_task; hk < h_end; ++hk) one_key_head(b, hk, chunk);
+  }
+
+  void one_key_head(int64_t b, int64_t hk, int64_t chunk) {
+    int64_t group_size = p.nheads / p.nheads_k;
+    Head s = head_of(p, b, hk * group_size);
+    int64_t begin = chunk * plan.chunk_keys, keys = max64(0, min64(plan.chunk_keys, s.sk - begin));
+    if (keys == 0 && chunk > 0 && dq_partial == nullptr) return;
+    pack_keys(s, begin, keys);
+    __builtin_memset(dk, 0, keys * lanes_d * sizeof(float));
+    __builtin_memset(dv, 0, keys * lanes_v * sizeof(float));
+    for (int64_t g = 0; g < group_size; ++g) {
+      s = head_of(p, b, hk * group_size + g);
+      for (int64_t m0 = 0; m0 < s.sq; m0 += kM) query_block(s, m0, begin, keys, chunk);
+    }
+    store_keys(s, begin, keys);
+  }
+
+  void pack_keys(const Head& s, int64_t begin, int64_t keys) {
+    for (int64_t t = 0; t * kBlockN < keys; ++t) {
+      int64_t first = t * kBlockN, count = min64(kBlockN, keys - first), padded = round_up(count, kRows);
+      int64_t group_ld = padded / Cells::kPerCell * kRows;
+      float* groups_of_tile = k_groups + first / Cells::kPerCell * groups * kRows;
+      vi bad = splat_i(0);
+      for (int64_t n = 0; n < padded; ++n) {
+        float *kc = k_cells + (first + n) * cells, *vc = v_cells + (first + n) * cells_v;
+        if (n < count) {
+          bad |= copy_row<Cells>(key_row<T>(p, s, p.k, p.k_stride, begin + first + n), p.headdim, kc);
+          copy_row<Cells>(key_row<T>(p, s, p.v, p.v_stride, begin + first + n), p.headdim_v, vc);
+        } else {
+          __builtin_memset(kc, 0, cells * sizeof(float));
+          __builtin_memset(vc, 0, cells_v * sizeof(float));
+        }
+      }
+      for (int64_t n = 0; n < padded; n += Cells::kPerCell) {
+        const T* a = n < count ? key_row<T>(p, s, p.k, p.k_stride, begin + first + n) : nullptr;
+        const T* next = n + 1 < count ? key_row<T>(p, s, p.k, p.k_stride, begin + first + n + 1) : nullptr;
+        int64_t k = n / Cells::kPerCell;
+        if (a != nullptr)
+          group_rows<Cells>(a, next, p.headdim, k, group_ld, groups_of_tile);
+        else
+          for (int64_t g = 0; g < groups; ++g) __builtin_memset(groups_of_tile + g * group_ld + k * kRows, 0, kRows * 4);
+      }
+      k_not_finite[t] = any(bad);
+    }
+  }
+
+  void store_keys(const Head& s, int64_t begin, int64_t keys) {
+    for (int64_t n = 0; n < keys; ++n) {
+      store_row(dk + n * lanes_d, p.scale, p.headdim, out_row<T>(p.dk, p.dk_stride, s.b, s.k_start + begin + n, s.hk));
+      store_row(dv + n * lanes_v, 1.0f, p.headdim_v, out_row<T>(p.dv, p.dv_stride, s.b, s.k_start + begin + n, s.hk));
+    }
+  }
+  FASTATTN_INLINE void store_row(const float* from, float factor, int64_t cols, T* to) {
+    int64_t d = 0;
+    for (; d + VL <= cols; d += VL) store(to + d, load(from + d) * splat(factor));
+    if (d < cols) store_n(to + d, load(from + d) * splat(factor), cols - d);
+  }
+
+  void query_block(const Head& s, int64_t m0, int64_t begin, int64_t keys, int64_t chunk) {
+    Lanes lanes;
+    make_lanes(p, s, m0, lanes);
+    int64_t first = max64(begin, lanes.begin), last = min64(begin + keys, lanes.end);
+    __builtin_memset(dq_lanes, 0, groups * kRows * kM * sizeof(float));
+    if (first < last) {
+      pack_queries(s, lanes);
+      for (int64_t t = (first - begin) / kBlockN; begin + t * kBlockN < last; ++t) tile(s, lanes, begin, keys, t);
+    }
+    store_queries(s, lanes, chunk);
+  }
+
+  void pack_queries(const Head& s, const Lanes& lanes) {
+    const T* q = q_row<T>(p, s, lanes.m0);
+    const T* dout = out_row<T>(const_cast<void*>(p.dout), p.do_stride, s.b, s.q_start + lanes.m0, s.h);
+    rows_to_lanes<Cells>(q, p.q_stride[1], lanes.rows, p.headdim, q_lanes);
+    rows_to_lanes<Cells>(dout, p.do_stride[1], lanes.rows, p.headdim_v, do_lanes);
+    pack_rows(q, p.q_stride[1], lanes.rows, p.headdim, lanes_d, q_rows);
+    pack_rows(dout, p.do_stride[1], lanes.rows, p.headdim_v, lanes_v, do_rows);
+    for (int64_t i = 0; i < kM; ++i) {
+      bool there = i < lanes.rows;
+      float lse = there ? lse_of(p, s, lanes.m0 + i) : -kInfinity;
+      // An empty row, or a lane without a query: exp2(score - inf) = 0 whatever the score.
+      double exact = -1.4426950408889634 * lse;
+      shift[i] = lse == -kInfinity ? -kInfinity : static_cast<float>(exact);
+      // What the rounding of the shift leaves: without it every P of a row would be off by the same 1e-7.
+      shift_low[i] = lse == -kInfinity ? 0.0f : static_cast<float>(exact - shift[i]);
+      delta[i] = there ? delta_of<T>(p, s, lanes.m0 + i) : 0.0f;
+    }
+  }
+  // Rows as the B operand of the last two products: [kM / kPerCell][ld] cells, zeros past the rows and columns.
+  void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t cols, int64_t ld, float* to) {
+    for (int64_t m = 0; m < kM; m += Cells::kPerCell, to += ld)
+      for (int64_t d = 0; d < ld; d += VL) {
+        vi x = splat_i(0);
+        if (m < rows && d < cols)
+          x = column_cells<Cells>(from + m * stride, m + 1 < rows ? from + (m + 1) * stride : nullptr, d, cols);
+        store_i(to + d, x);
+      }
+  }
+
+  void store_queries(const Head& s, const Lanes& lanes, int64_t chunk) {
+    float factor[kM];
+    for (int i = 0; i < kM; ++i) factor[i] = p.scale;
+    if (dq_partial != nullptr) {
+      float* to = dq_partial + ((chunk * p.nheads + s.h) * query_rows(p) + query_row(p, s, lanes.m0)) * p.headdim;
+      lanes_to_rows(dq_lanes, factor, lanes.rows, p.headdim, to, p.headdim);
+    } else {
+      T* to = out_row<T>(p.dq, p.dq_stride, s.b, s.q_start + lanes.m0, s.h);
+      lanes_to_rows(dq_lanes, factor, lanes.rows, p.headdim, to, p.dq_stride[1]);
+    }
+  }
+
+  void tile(const Head& s, const Lanes& lanes, int64_t begin, int64_t keys, int64_t t) {
+    int64_t tile_begin = t * kBlockN, tile_count = min64(kBlockN, keys - tile_begin);
+    int64_t from = max64(begin + tile_begin, lanes.begin), to = min64(begin + tile_begin + tile_count, lanes.end);
+    if (from >= to) return;
+    Sight sight = mask_sight(p, s, lanes.m0, lanes.rows, from, to - from);
+    if (sight == Sight::none) return;
+    int64_t skip = (from - begin - tile_begin) / kRows * kRows;
+    int64_t n0 = begin + tile_begin + skip, count = round_up(to - n0, kRows), at = tile_begin + skip;
+    bool plain = !modified && sight == Sight::all && n0 >= lanes.full_begin && n0 + count <= lanes.full_end;
+
+    product_rows<Cells>(k_cells + at * cells, cells, q_lanes, kM, count, cells, scores, kM, false);
+    if (!plain) {
+      vf top[kVecs];
+      for (int v = 0; v < kVecs; ++v) top[v] = zero();
+      apply_options(p, s, lanes, n0, count, sight, modified, scores, pairs, top, p.softcap > 0.0f ? slope : nullptr);
+    }
+    product_rows<Cells>(v_cells + at * cells_v, cells_v, do_lanes, kM, count, cells_v, dp, kM, false);
+    if (p.dropout) apply_dropout(p, s, lanes.m0, n0, count, keep);
+    gradients_of_scores(count);
+    if (p.dbias != nullptr) add_bias_gradient(s, lanes, n0, min64(count, s.sk - n0));
+    if (p.softcap > 0.0f)
+      for (int64_t i = 0; i < count * kM; i += VL) store(dp + i, load(dp + i) * load(slope + i));
+    if constexpr (Cells::kPerCell == 2) pack_scores(count);
+
+    int64_t rows = kM / Cells::kPerCell;
+    for (int64_t d = 0; d < lanes_v; d += kM)
+      product_rows<Cells>(p_rows, rows, do_rows + d, lanes_v, count, rows, dv + at * lanes_v + d, lanes_v, true);
+    for (int64_t d = 0; d < lanes_d; d += kM)
+      product_rows<Cells>(ds_rows, rows, q_rows + d, lanes_d, count, rows, dk + at * lanes_d + d, lanes_d, true);
+    int64_t group_ld = round_up(tile_count, kRows) / Cells::kPerCell * kRows;
+    const float* k_tile = k_groups + tile_begin / Cells::kPerCell * groups * kRows + skip / Cells::kPerCell * kRows;
+    if (__builtin_expect(k_not_finite[t], 0))
+      careful_product<Cells>(k_tile, group_ld, ds_pairs, groups, count / Cells::kPerCell, dq_lanes, true);
+    else
+      product_groups<Cells>(k_tile, group_ld, ds_pairs, kM, groups, count / Cells::kPerCell, dq_lanes, kM, true);
+  }
+
+  // scores becomes P (with dropout's factor), dp becomes dS = P (dP - delta). An invisible pair stays 0 whatever V holds.
+  void gradients_of_scores(int64_t count) {
+    vf scale = splat(c);
+    for (int64_t n = 0; n < count; ++n)
+      for (int v = 0; v < kVecs; ++v) {
+        int64_t i = n * kM + v * VL;
+        vf prob = exp2<kDegree>(fma(load(scores + i), scale, load(shift + v * VL)) + load(shift_low + v * VL));
+        vf g = load(dp + i), kept = prob;
+        if (p.dropout) {
+          vf factor = load(keep + i);
+          kept = select((vi)(factor == zero()), zero(), prob * factor);
+          g = select((vi)(factor == zero()), zero(), g * factor);
+        }
+        store(scores + i, kept);
+        store(dp + i, select((vi)(prob == zero()), zero(), prob * (g - load(delta + v * VL))));
+      }
+  }
+
+  // bf16: P and dS by rows (pairs along queries) and dS by pairs of keys.
+  void pack_scores(int64_t count) {
+#if defined(__AVX512BF16__)
+    auto row = [](const float* x) { return (vi)_mm512_cvtne2ps_pbh((__m512)load(x + VL), (__m512)load(x)); };
+    for (int64_t n = 0; n < count; ++n) {
+      store_i(p_rows + n * kM / 2, row(scores + n * kM));
+      store_i(ds_rows + n * kM / 2, row(dp + n * kM));
+    }
+    for (int64_t n = 0; n < count; n += 2)
+      for (int v = 0; v < kVecs; ++v)
+        store_i(ds_pairs + n / 2 * kM + v * VL, pack_pairs(load(dp + n * kM + v * VL), load(dp + (n + 1) * kM + v * VL)));
+#endif
+  }
+
+  void add_bias_gradient(const Head& s, const Lanes& lanes, int64_t n0, int64_t count) {
+    const int64_t* st = p.dbias_stride;
+    float* to = p.dbias + s.b * st[0] + s.h * st[1] + lanes.m0 * st[2] + n0 * st[3];
+    for (int64_t n = 0; n < count; ++n) {
+      const float* ds = dp + n * kM;
+      if (st[2] == 0) {
+        vf sum = zero();  // lanes without a query hold 0
+        for (int v = 0; v < kVecs; ++v) sum = sum + load(ds + v * VL);
+        to[n * st[3]] += reduce_add(sum);
+      } else {
+        for (int64_t lane = 0; lane < lanes.rows; ++lane) to[lane * st[2] + n * st[3]] += ds[lane];
+      }
+    }
+  }
+};
+
+// dq = sum of the chunks' partial sums, in their order.
+template <class T>
+void reduce_queries(const AttentionBwdParams& p, const Plan& plan, const float* partial) {
+  int64_t rows = query_rows(p), stride = p.nheads * rows * p.headdim;
+  parallel_for(p.nthreads, p.batch * p.nheads, [&](int64_t task) {
+    Head s = head_of(p, task / p.nheads, task % p.nheads);
+    for (int64_t m = 0; m < s.sq; ++m) {
+      const float* from = partial + (s.h * rows + query_row(p, s, m)) * p.headdim;
+      T* to = out_row<T>(p.dq, p.dq_stride, s.b, s.q_start + m, s.h);
+      for (int64_t d = 0; d < p.headdim; d += VL) {
+        int64_t n = min64(VL, p.headdim - d);
+        vf sum = load_n(from + d, n);
+        for (int64_t i = 1; i < plan.chunks; ++i) sum = sum + load_n(from + i * stride + d, n);
+        store_n(to + d, sum, n);
+      }
+    }
+  });
+}
+
+// dsinks[h] = -sum over rows of exp(sink - lse) * delta: the sink is a key whose value is 0.
+template <class T>
+void sink_gradients(const AttentionBwdParams& p) {
+  parallel_for(p.nthreads, p.nheads, [&](int64_t h) {
+    double sum = 0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      Head s = head_of(p, b, h);
+      for (int64_t m = 0; m < s.sq; ++m) {
+        float lse = lse_of(p, s, m);
+        if (lse == -kInfinity) continue;
+        sum -= static_cast<double>(__builtin_expf(p.sinks[h] - lse)) * delta_of<T>(p, s, m);
+      }
+    }
+    p.dsinks[h] = static_cast<float>(sum);
+  });
+}
+
+template <class T, class Cells>
+void backward(const AttentionBwdParams& p) {
+  Plan plan = make_plan(p);
+  float* partial = nullptr;
+  if (plan.chunks > 1) partial = new float[plan.chunks * p.nheads * query_rows(p) * p.headdim];
+  int64_t heads = plan.batch_tasks * plan.head_tasks;
+  parallel_for(p.nthreads, heads * plan.chunks, [&](int64_t task) {
+    int64_t head = task % heads;
+    Backward<T, Cells>(p, plan, partial).run(head / plan.head_tasks, head % plan.head_tasks, task / heads);
+  });
+  if (partial != nullptr) reduce_queries<T>(p, plan, partial);
+  delete[] partial;
+  if (p.dsinks != nullptr) sink_gradients<T>(p);
+}
+
+}  // namespace
+
+void attention_bwd(const AttentionBwdParams& p) {
+  if (p.batch <= 0) return;
+  if (p.dtype == 0) return backward<float, FloatCells>(p);
+  if (p.dtype == 2) return backward<f16, FloatCells>(p);
+#if defined(__AVX512BF16__)
+  return backward<bf16, PairCells>(p);
+#else
+  return backward<bf16, FloatCells>(p);
+#endif
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
