@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "cpu/kernels.h"
 #include "tensor.h"
@@ -97,12 +98,71 @@ void fill(AttentionParams& p, const View& q, const View& k, const View& v, const
   }
 }
 
+void run_forward(const AttentionParams& p) {
+  if (kernels().attention_is_decode(p))
+    kernels().attention_decode(p);
+  else
+    kernels().attention_fwd(p);
+}
+
 void attention_fwd(View q, View k, View v, View o, View lse, View mask, View bias, View alibi_slopes, View sinks, View cu_seqlens_q,
                    View cu_seqlens_k, View philox, const py::tuple& options) {
   AttentionParams p;
   fill(p, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, philox, options);
   py::gil_scoped_release release;
-  kernels().attention_fwd(p);
+  run_forward(p);
+}
+
+// The weights [batch, nheads, seqlen_q, seqlen_k] from lse.
+void attention_weights(View q, View k, View lse, View mask, View bias, View alibi_slopes, View cu_seqlens_q, View cu_seqlens_k,
+                       const py::tuple& options, View weights) {
+  AttentionParams p;
+  fill(p, q, k, k, weights, lse, mask, bias, alibi_slopes, View(), cu_seqlens_q, cu_seqlens_k, View(), options);
+  p.o_stride[0] = weights.stride[0];
+  p.o_stride[1] = weights.stride[2];
+  p.o_stride[2] = weights.stride[1];
+  py::gil_scoped_release release;
+  kernels().attention_weights(p);
+}
+
+// The caches as they are, paged or not; cache_seqlens counts the keys to attend to, new ones included.
+void attention_kvcache(View q, View k_cache, View v_cache, View seqlens, View block_table, View alibi_slopes, View sinks, View o,
+                       View lse, const py::tuple& options, int64_t num_splits) {
+  AttentionParams p;
+  fill(p, q, k_cache, v_cache, o, lse, View(), View(), alibi_slopes, sinks, View(), View(), View(), options);
+  p.seqlens_k = seqlens.as<int32_t>();
+  if (block_table) {
+    p.block_table = block_table.as<int32_t>();
+    p.block_table_stride = block_table.stride[0];
+    p.block_size = k_cache.shape[1];
+  }
+  p.num_splits = num_splits;
+  // The longest sequence bounds the grid; the caches are usually larger.
+  p.seqlen_k = 0;
+  for (int64_t b = 0; b < p.batch; ++b) p.seqlen_k = p.seqlens_k[b] > p.seqlen_k ? p.seqlens_k[b] : p.seqlen_k;
+  py::gil_scoped_release release;
+  run_forward(p);
+}
+
+// Copies k, v [batch, seqlen, nheads_k, headdim] into the slots from seqlens[b] on. Rows are copied by bytes.
+void kvcache_append(View k, View v, View k_cache, View v_cache, View seqlens, View block_table) {
+  auto copy = [&](const View& from, const View& to) {
+    int64_t size = size_of(from.dtype), row = from.shape[3] * size;
+    for (int64_t b = 0; b < from.shape[0]; ++b)
+      for (int64_t i = 0; i < from.shape[1]; ++i) {
+        int64_t slot = seqlens.as<int32_t>()[b] + i, block = b;
+        if (block_table) {
+          block = block_table.as<int32_t>()[b * block_table.stride[0] + slot / to.shape[1]];
+          slot %= to.shape[1];
+        }
+        for (int64_t h = 0; h < from.shape[2]; ++h)
+          std::memcpy(to.as<char>() + (block * to.stride[0] + slot * to.stride[1] + h * to.stride[2]) * size,
+                      from.as<char>() + (b * from.stride[0] + i * from.stride[1] + h * from.stride[2]) * size, row);
+      }
+  };
+  py::gil_scoped_release release;
+  copy(k, k_cache);
+  copy(v, v_cache);
 }
 
 void attention_bwd(View q, View k, View v, View o, View lse, View mask, View bias, View alibi_slopes, View sinks, View cu_seqlens_q,
@@ -136,6 +196,9 @@ void attention_bwd(View q, View k, View v, View o, View lse, View mask, View bia
 void bind_attention(py::module_& m) {
   m.def("attention_fwd", &attention_fwd);
   m.def("attention_bwd", &attention_bwd);
+  m.def("attention_weights", &attention_weights);
+  m.def("attention_kvcache", &attention_kvcache);
+  m.def("kvcache_append", &kvcache_append);
 }
 
 }  // namespace fastattn

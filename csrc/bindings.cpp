@@ -9,6 +9,8 @@ namespace py = pybind11;
 namespace fastattn {
 void bind_machine(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_norms(py::module_& m);
+void bind_rope(py::module_& m);
 void bind_hugepages(py::module_& m);
 }  // namespace fastattn
 
@@ -17,5 +19,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   fastattn::bind_tensor(m);
   fastattn::bind_machine(m);
   fastattn::bind_attention(m);
+  fastattn::bind_norms(m);
+  fastattn::bind_rope(m);
   fastattn::bind_hugepages(m);
 }

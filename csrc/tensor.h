@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "dlpack.h"
+
 namespace fastattn {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, boolean = 3, i32 = 4, i64 = 5, f64 = 6, other = 7 };
@@ -44,11 +46,23 @@ struct View {
 // Reads a CPU tensor. Throws pybind11::type_error when `object` is not one.
 View view_of(PyObject* object);
 
-// A new uninitialised contiguous CPU tensor from torch's allocator; null when torch has no exchange API.
-PyObject* empty_tensor(int ndim, const int64_t* shape, Dtype dtype);
+// The same for code that has another road: false when `object` cannot be read through the exchange API as a CPU tensor.
+// `object` must be a torch.Tensor.
+bool try_view(PyObject* object, View* out);
 
-// A new uninitialised tensor over a block of huge pages from our bounded cache (hugepages.cpp); null as above.
-PyObject* empty_huge_tensor(int ndim, const int64_t* shape, Dtype dtype);
+// A new uninitialised CPU tensor, contiguous unless strides are given: of huge pages when it is large (hugepages.cpp), else
+// from torch's allocator. Null when torch has no exchange API.
+PyObject* empty_tensor(int ndim, const int64_t* shape, Dtype dtype, const int64_t* stride = nullptr);
+
+// The part of empty_tensor for `wants_huge(bytes)`; null when the system has no memory left.
+constexpr int64_t kHugeTensorBytes = 32 << 20;
+bool wants_huge(int64_t bytes);
+PyObject* empty_huge_tensor(int ndim, const int64_t* shape, Dtype dtype, const int64_t* stride);
+
+// True when tests asked for outputs full of NaN instead of uninitialised ones.
+bool poisons_outputs();
+DLDataType dlpack_dtype(Dtype dtype);
+PyObject* to_python(DLManagedTensorVersioned* managed);
 
 void bind_tensor(pybind11::module_& m);
 

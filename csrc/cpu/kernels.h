@@ -3,6 +3,8 @@
 #include <cstdint>
 
 #include "attention_params.h"
+#include "norm_params.h"
+#include "rope_params.h"
 
 namespace fastattn {
 
@@ -10,6 +12,12 @@ struct Kernels {
   const char* isa;
   void (*attention_fwd)(const AttentionParams&);
   void (*attention_bwd)(const AttentionBwdParams&);
+  bool (*attention_is_decode)(const AttentionParams&);  // does attention_decode take this call?
+  void (*attention_decode)(const AttentionParams&);
+  void (*attention_weights)(const AttentionParams&);
+  void (*norm_fwd)(const NormParams&);
+  void (*norm_bwd)(const NormBwdParams&);
+  void (*rope)(const RopeParams&);
   double (*fma_flops)(bool bf16, int64_t iterations);  // runs a burst on this thread, returns the FLOPs it did
 };
 

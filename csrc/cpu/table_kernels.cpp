@@ -6,6 +6,12 @@ namespace FASTATTN_ISA {
 
 void attention_fwd(const AttentionParams&);
 void attention_bwd(const AttentionBwdParams&);
+bool attention_is_decode(const AttentionParams&);
+void attention_decode(const AttentionParams&);
+void attention_weights(const AttentionParams&);
+void norm_fwd(const NormParams&);
+void norm_bwd(const NormBwdParams&);
+void rope(const RopeParams&);
 double fma_flops(bool bf16, int64_t iterations);
 
 #define FASTATTN_NAME(isa) FASTATTN_STRING(isa)
@@ -16,6 +22,12 @@ const Kernels table = {
     FASTATTN_NAME(FASTATTN_ISA),
     attention_fwd,
     attention_bwd,
+    attention_is_decode,
+    attention_decode,
+    attention_weights,
+    norm_fwd,
+    norm_bwd,
+    rope,
     fma_flops,
 };
 

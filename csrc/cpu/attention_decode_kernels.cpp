@@ -1,0 +1,377 @@
+// attention_decode: few query rows against many keys, bound by reading K and V once.
+// One task per (batch, key head, piece of keys); all query heads of the group share the task's reads. Lanes run over
+// the head dimension; rows go in fours, so that VL dot products (VL / 4 keys x 4 rows) are reduced together by one
+// transposing tree. Pieces have a fixed length, hence results depend neither on the batch nor on the threads.
+// A second pass merges the pieces. Bound: memory, 2 * headdim * nheads_k elements per key.
+// Dao et al., Flash-Decoding, 2023.
+#include "attention_scores.h"
+#include "attention_tiles.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kPiece = 1024;     // keys per task
+constexpr int64_t kBlock = 256;      // keys between two softmax updates
+constexpr int kFour = 4;             // rows handled together
+constexpr int kKeys = VL / kFour;    // keys per reduction
+constexpr int kMaxRows = 16;         // query rows per key head
+constexpr int64_t kAhead = 16;       // rows of prefetch
+
+// Sums the lanes of VL vectors: result[i] = sum of x[i].
+FASTATTN_INLINE vf reduce_each(vf (&x)[VL]) {
+#pragma GCC unroll 4
+  for (int width = VL / 2; width >= 1; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+      vi a = as_int(x[i]), b = as_int(x[i + width]);
+      x[i] = as_float(zip_low(a, b)) + as_float(zip_high(a, b));
+    }
+  return x[0];
+}
+
+FASTATTN_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
+}
+
+template <class T, class Cells>
+struct Decode {
+  static constexpr int kDegree = sizeof(T) == 2 && !std_is_f16<T> ? 3 : 6;
+  const AttentionParams& p;
+  const Head s;
+  int64_t group, rows, cells;
+  float* queries;  // [fours][cells padded to VL][4 rows]: cell vectors of four rows side by side
+  float* scores;   // [kBlock][4]
+  float* pair_probs;
+  float* sums;     // [rows rounded up to 4][headdim_v padded to VL]
+
+  // Query row r of the key head: head s.hk * group + r / sq, position r % sq; rows past the end repeat the last.
+  int64_t position(int64_t r) const { return min64(r, rows - 1) % s.sq; }
+  int64_t head(int64_t r) const { return s.hk * group + min64(r, rows - 1) / s.sq; }
+
+  Decode(const AttentionParams& params, int64_t b, int64_t hk)
+      : p(params), s(head_of(params, b, hk * (params.nheads / params.nheads_k))), group(params.nheads / params.nheads_k) {
+    rows = group * s.sq;
+    cells = round_up((p.headdim + Cells::kPerCell - 1) / Cells::kPerCell, VL);
+    int64_t fours = round_up(rows, kFour), cols = round_up(p.headdim_v, VL);
+    float* at = static_cast<float*>(thread_scratch((fours * (cells + cols) + kBlock * kFour * 2 + 64) * 4));
+    queries = at;
+    sums = queries + fours * cells;
+    scores = sums + fours * cols;
+    pair_probs = scores + kBlock * kFour;
+    for (int64_t r = 0; r < fours; ++r) {
+      Head h = s;
+      h.h = head(r);
+      const T* row = q_row<T>(p, h, position(r));
+      for (int64_t cell = 0; cell < cells; cell += VL)
+        store_i(queries + r / kFour * kFour * cells + cell * kFour + r % kFour * VL, row_cells<Cells>(row, cell, p.headdim));
+    }
+  }
+
+  // Rows [r, r + 4) against keys [begin, end). Writes the unnormalised sums, the maximum (log2 units) and the total.
+  void run(int64_t begin, int64_t end, float* o_to, int64_t o_ld, float* top_to, float* total_to) {
+    for (int64_t r = 0; r < rows; r += kFour) {
+      float top[kFour], total[kFour];
+      for (int i = 0; i < kFour; ++i) top[i] = -kInfinity, total[i] = 0.0f;
+      float* out = sums + r * round_up(p.headdim_v, VL);
+      __builtin_memset(out, 0, kFour * round_up(p.headdim_v, VL) * sizeof(float));
+      for (int64_t n = begin; n < end; n += kBlock) block(r, n, min64(kBlock, end - n), top, total, out);
+      for (int64_t i = 0; i < kFour && r + i < rows; ++i) {
+        top_to[r + i] = top[i];
+        total_to[r + i] = total[i];
+        __builtin_memcpy(o_to + (r + i) * o_ld, out + i * round_up(p.headdim_v, VL), p.headdim_v * sizeof(float));
+      }
+    }
+  }
+
+  void block(int64_t r, int64_t n0, int64_t count, float (&top)[kFour], float (&total)[kFour], float* out) {
+    raw_scores(r, n0, count);
+    bool careful = false;
+    float c = p.scale * kLog2e;
+    if (is_modified(p) || p.mask != nullptr || banded(r, n0, count)) {
+      careful = apply(r, n0, count);
+      c = 1.0f;
+    }
+    int64_t padded = round_up(count, 2 * kKeys);
+    for (int64_t i = count * kFour; i < padded * kFour; ++i) scores[i] = -kInfinity;
+    vf most = splat(-kInfinity);
+    for (int64_t i = 0; i < padded * kFour; i += VL) most = max(most, load(scores + i));
+    float shift[VL], factor[kFour];
+    for (int i = 0; i < kFour; ++i) {
+      float m = top[i];
+      for (int j = i; j < VL; j += kFour) {
+        float x = most[j] * c;
+        m = x > m || x != x ? x : m;
+      }
+      factor[i] = top[i] == m ? 1.0f : exp2<6>(splat(top[i] - m))[0];
+      top[i] = m;
+      for (int j = i; j < VL; j += kFour) shift[j] = m == -kInfinity ? 0.0f : -m;
+    }
+    vf sum = zero();
+    for (int64_t i = 0; i < padded * kFour; i += VL) {
+      vf x = exp2<kDegree>(fma(load(scores + i), splat(c), load(shift)));
+      sum = sum + x;
+      store(scores + i, x);
+    }
+    for (int i = 0; i < kFour; ++i) {
+      float t = 0;
+      for (int j = i; j < VL; j += kFour) t += sum[j];
+      total[i] = total[i] * factor[i] + t;
+    }
+    weighted_sum(n0, count, factor, careful, out);
+  }
+
+  // scores[n][i] = q row (r + i) . key n
+  void raw_scores(int64_t r, int64_t n0, int64_t count) {
+    const float* q = queries + r / kFour * kFour * cells;
+    for (int64_t n = 0; n < count; n += kKeys) {
+      const T* key[kKeys];
+      for (int j = 0; j < kKeys; ++j) {
+        key[j] = key_row<T>(p, s, p.k, p.k_stride, n0 + min64(n + j, count - 1));
+        if (n + j + kAhead < count) prefetch_row(key_row<T>(p, s, p.k, p.k_stride, n0 + n + j + kAhead), p.headdim * sizeof(T));
+      }
+      vf acc[VL];
+      for (int i = 0; i < VL; ++i) acc[i] = zero();
+      int64_t full = p.headdim / Cells::kPerCell / VL * VL;
+      for (int64_t cell = 0; cell < full; cell += VL)
+        for (int j = 0; j < kKeys; ++j) {
+          vf k = as_float(full_cells(key[j] + cell * Cells::kPerCell));
+#pragma GCC unroll 4
+          for (int i = 0; i < kFour; ++i) acc[j * kFour + i] = dot(acc[j * kFour + i], k, load(q + cell * kFour + i * VL));
+        }
+      for (int64_t cell = full; cell < cells; cell += VL)
+        for (int j = 0; j < kKeys; ++j) {
+          vf k = as_float(row_cells<Cells>(key[j], cell, p.headdim));
+#pragma GCC unroll 4
+          for (int i = 0; i < kFour; ++i) acc[j * kFour + i] = dot(acc[j * kFour + i], k, load(q + cell * kFour + i * VL));
+        }
+      store(scores + n * kFour, reduce_each(acc));
+    }
+  }
+  FASTATTN_INLINE vi full_cells(const T* at) {
+    if constexpr (Cells::kPerCell == 2) return load_i(at);
+    else return as_int(load(at));
+  }
+  FASTATTN_INLINE vf dot(vf acc, vf a, vf b) {
+#if defined(__AVX512BF16__)
+    if constexpr (Cells::kPerCell == 2) return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#endif
+    return fma(a, b, acc);
+  }
+
+  bool banded(int64_t r, int64_t n0, int64_t count) const {
+    for (int i = 0; i < kFour; ++i) {
+      int64_t m = position(r + i);
+      if (n0 < first_key(p, s, m) || n0 + count > last_key(p, s, m)) return true;
+    }
+    return false;
+  }
+
+  // The options, one score at a time: few rows make this cheap beside the reads. True when some pair is invisible.
+  __attribute__((noinline)) bool apply(int64_t r, int64_t n0, int64_t count) {
+    bool hidden = false;
+    for (int i = 0; i < kFour; ++i) {
+      int64_t m = position(r + i), h = head(r + i), first = first_key(p, s, m), last = last_key(p, s, m);
+      float slope = p.alibi_slopes ? p.alibi_slopes[s.b * p.alibi_stride[0] + h * p.alibi_stride[1]] : 0.0f;
+      const bool* mask = p.mask ? p.mask + s.b * p.mask_stride[0] + h * p.mask_stride[1] + m * p.mask_stride[2] : nullptr;
+      int64_t bias_at = s.b * p.bias_stride[0] + h * p.bias_stride[1] + m * p.bias_stride[2];
+      for (int64_t n = 0; n < count; ++n) {
+        int64_t key = n0 + n;
+        float x = scores[n * kFour + i] * p.scale;
+        if (p.softcap > 0.0f) x = p.softcap * tanh(splat(x / p.softcap))[0];
+        if (p.alibi_slopes) x -= slope * __builtin_fabsf(static_cast<float>(m + s.diagonal - key));
+        if (p.bias) {
+          float bias = bias_value(bias_at + key * p.bias_stride[3]);
+          x = bias == -kInfinity ? bias : x + bias;
+        }
+        if (key < first || key >= last || (mask && !mask[key * p.mask_stride[3]])) x = -kInfinity;
+        hidden |= x == -kInfinity;
+        scores[n * kFour + i] = x * kLog2e;
+      }
+    }
+    return hidden;
+  }
+  float bias_value(int64_t at) const {
+    if (p.bias_dtype == 0) return static_cast<const float*>(p.bias)[at];
+    if (p.bias_dtype == 1) return to_float(static_cast<const bf16*>(p.bias)[at]);
+    return to_float(static_cast<const f16*>(p.bias)[at]);
+  }
+
+  // out[i] = out[i] * factor[i] + sum_n scores[n][i] v[n]
+  void weighted_sum(int64_t n0, int64_t count, const float (&factor)[kFour], bool careful, float* out) {
+    int64_t cols = round_up(p.headdim_v, VL), step = Cells::kPerCell;
+    constexpr int kWide = VB == 64 ? 4 : 2;  // vectors of columns per pass: 4 rows x kWide accumulators
+    const float* probs = scores;
+#if defined(__AVX512BF16__)
+    if constexpr (Cells::kPerCell == 2) {
+      for (int64_t n = 0; n < count; n += 8) {  // [key][4] to pairs of keys, [key / 2][4]
+        vi a = as_int(load(scores + n * kFour)), b = as_int(load(scores + (n + 4) * kFour));
+        vi even = __builtin_shuffle(a, b, (vi){0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27});
+        vi odd = __builtin_shuffle(a, b, (vi){4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+        store_i(pair_probs + n / 2 * kFour, pack_pairs(as_float(even), as_float(odd)));
+      }
+      probs = pair_probs;
+    }
+#endif
+    for (int64_t d = 0; d < p.headdim_v; d += kWide * VL) {
+      int64_t wide = min64(kWide, (p.headdim_v - d + VL - 1) / VL);
+      bool fast = d + kWide * VL <= p.headdim_v && !careful;
+      vf acc[kFour][kWide];
+      for (int i = 0; i < kFour; ++i)
+        for (int w = 0; w < kWide; ++w) acc[i][w] = zero();
+      for (int64_t n = 0; n < count; n += step) {
+        const T* a = key_row<T>(p, s, p.v, p.v_stride, n0 + n) + d;
+        const T* b = step == 2 && n + 1 < count ? key_row<T>(p, s, p.v, p.v_stride, n0 + n + 1) + d : nullptr;
+        if (n + kAhead + step <= count) {
+          constexpr int64_t kBytes = kWide * VL * sizeof(T);
+          prefetch_row(key_row<T>(p, s, p.v, p.v_stride, n0 + n + kAhead) + d, kBytes);
+          if (step == 2) prefetch_row(key_row<T>(p, s, p.v, p.v_stride, n0 + n + kAhead + 1) + d, kBytes);
+        }
+        const float* prob = probs + n / step * kFour;
+        if (__builtin_expect(fast && (step == 1 || b != nullptr), 1)) {
+          vf v[kWide];
+          value_cells(a, b, v);
+#pragma GCC unroll 4
+          for (int i = 0; i < kFour; ++i)
+#pragma GCC unroll 4
+            for (int w = 0; w < kWide; ++w) acc[i][w] = Cells::mul_add(acc[i][w], prob + i, v[w]);
+        } else {
+          for (int w = 0; w < wide; ++w) {
+            vf v = as_float(column_cells<Cells>(a, b, w * VL, p.headdim_v - d));
+            for (int i = 0; i < kFour; ++i) acc[i][w] = careful_add(acc[i][w], prob + i, v);
+          }
+        }
+      }
+      for (int i = 0; i < kFour; ++i)
+        for (int w = 0; w < wide; ++w) {
+          float* to = out + i * cols + d + w * VL;
+          store(to, load(to) * splat(factor[i]) + acc[i][w]);
+        }
+    }
+  }
+  template <int N>
+  FASTATTN_INLINE void value_cells(const T* a, const T* b, vf (&v)[N]) {
+#if defined(__AVX512BF16__)
+    if constexpr (Cells::kPerCell == 2) {  // 32 columns of two keys: zip the 16-bit halves
+      const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
+                                           3, 34, 2, 33, 1, 32, 0);
+      const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+#pragma GCC unroll 2
+      for (int w = 0; w < N; w += 2) {
+        __m512i x = (__m512i)load_i(a + w * VL), y = (__m512i)load_i(b + w * VL);
+        v[w] = (vf)_mm512_permutex2var_epi16(x, low, y);
+        v[w + 1] = (vf)_mm512_permutex2var_epi16(x, high, y);
+      }
+      return;
+    }
+#endif
+    (void)b;
+#pragma GCC unroll 4
+    for (int w = 0; w < N; ++w) v[w] = as_float(full_cells(a + w * VL));
+  }
+  // A zero probability adds nothing, whatever the value holds.
+  FASTATTN_INLINE vf careful_add(vf acc, const float* prob, vf v) {
+    int32_t cell;
+    __builtin_memcpy(&cell, prob, 4);
+    if constexpr (Cells::kPerCell == 2) {
+      vi bits = as_int(v);
+      float x = splat_float(cell << 16), y = splat_float(cell & (int32_t)0xffff0000);
+      if (x != 0.0f) acc = acc + splat(x) * as_float(bits << 16);
+      if (y != 0.0f) acc = acc + splat(y) * as_float(bits & (int32_t)0xffff0000);
+      return acc;
+    } else {
+      return *prob == 0.0f ? acc : fma(splat(*prob), v, acc);
+    }
+  }
+  static float splat_float(int32_t bits) {
+    float f;
+    __builtin_memcpy(&f, &bits, 4);
+    return f;
+  }
+};
+
+struct Pieces {
+  int64_t keys, count, rows, stride;  // stride: floats of one (batch, key head, piece)
+};
+
+template <class T, class Cells>
+void decode(const AttentionParams& p) {
+  int64_t group = p.nheads / p.nheads_k, rows = group * p.seqlen_q;
+  int64_t keys = p.num_splits > 0 ? round_up((p.seqlen_k + p.num_splits - 1) / p.num_splits, 64) : kPiece;
+  keys = max64(keys, 64);
+  int64_t pieces = max64(1, (p.seqlen_k + keys - 1) / keys);
+  int64_t stride = rows * (p.headdim_v + 2);
+  float* partial = new float[p.batch * p.nheads_k * pieces * stride];
+  auto range = [&](const Head& s, int64_t piece, int64_t& begin, int64_t& end) {
+    begin = max64(piece * keys, s.sq > 0 ? first_key(p, s, 0) : 0);
+    end = min64(min64((piece + 1) * keys, s.sk), s.sq > 0 ? last_key(p, s, s.sq - 1) : 0);
+  };
+  parallel_for(p.nthreads, p.batch * p.nheads_k * pieces, [&](int64_t task) {
+    int64_t piece = task % pieces, head = task / pieces;
+    Head s = head_of(p, head / p.nheads_k, head % p.nheads_k * group);
+    int64_t begin, end;
+    range(s, piece, begin, end);
+    if (begin >= end) return;
+    float* to = partial + task * stride;
+    Decode<T, Cells>(p, head / p.nheads_k, head % p.nheads_k).run(begin, end, to + 2 * rows, p.headdim_v, to, to + rows);
+  });
+  parallel_for(p.nthreads, p.batch * p.nheads_k, [&](int64_t head) {
+    Head s = head_of(p, head / p.nheads_k, head % p.nheads_k * group);
+    for (int64_t r = 0; r < group * s.sq; ++r) {
+      int64_t h = s.hk * group + r / s.sq, m = s.q_start + r % s.sq;
+      float top = p.sinks ? p.sinks[h] * kLog2e : -kInfinity;
+      auto each = [&](auto&& f) {
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+          int64_t begin, end;
+          range(s, piece, begin, end);
+          if (begin < end) f(partial + (head * pieces + piece) * stride);
+        }
+      };
+      each([&](const float* from) { top = from[r] > top || from[r] != from[r] ? from[r] : top; });
+      float shift = top == -kInfinity ? 0.0f : top;
+      float total = p.sinks && p.sinks[h] != -kInfinity ? exp2<6>(splat(p.sinks[h] * kLog2e - shift))[0] : 0.0f;
+      float sum[1024];
+      for (int64_t d = 0; d < p.headdim_v; ++d) sum[d] = 0.0f;
+      each([&](const float* from) {
+        float factor = from[r] == top ? 1.0f : exp2<6>(splat(from[r] - shift))[0];
+        if (factor == 0.0f) return;
+        total += factor * from[rows + r];
+        const float* o = from + 2 * rows + r * p.headdim_v;
+        for (int64_t d = 0; d < p.headdim_v; ++d) sum[d] += factor * o[d];
+      });
+      float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      T* o = static_cast<T*>(p.o) + s.b * p.o_stride[0] + m * p.o_stride[1] + h * p.o_stride[2];
+      for (int64_t d = 0; d < p.headdim_v; d += VL) {
+        int64_t n = min64(VL, p.headdim_v - d);
+        store_n(o + d, load_n(sum + d, n) * splat(inverse), n);
+      }
+      if (p.lse)
+        p.lse[s.b * p.lse_stride[0] + h * p.lse_stride[1] + m] =
+            total == 0.0f ? -kInfinity : static_cast<float>(shift * 0.6931471805599453 + __builtin_log(total));
+    }
+  });
+  delete[] partial;
+}
+
+}  // namespace
+
+// Worth it while a key head's rows fit one pass; dropout and longer queries go to attention_fwd.
+bool attention_is_decode(const AttentionParams& p) {
+  return !p.dropout && p.seqlen_q * (p.nheads / p.nheads_k) <= kMaxRows && p.headdim_v <= 1024;
+}
+
+void attention_decode(const AttentionParams& p) {
+  if (p.batch <= 0 || p.seqlen_q <= 0) return;
+  if (p.dtype == 0) return decode<float, FloatCells>(p);
+  if (p.dtype == 2) return decode<f16, FloatCells>(p);
+#if defined(__AVX512BF16__)
+  return decode<bf16, PairCells>(p);
+#else
+  return decode<bf16, FloatCells>(p);
+#endif
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

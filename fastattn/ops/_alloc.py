@@ -1,0 +1,46 @@
+"""Where an op's forward gets its outputs: torch.empty, or for large CPU tensors our bounded cache of huge pages.
+
+glibc gives blocks above 32 MB back to the system at every free, so that a fresh large output costs more in page faults
+than a memory-bound kernel needs in all. FASTATTN_HUGEPAGES=0 switches the cache off; csrc/hugepages.cpp has the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fastattn.runtime import native
+
+THRESHOLD = 32 << 20
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 6}  # csrc/tensor.h, Dtype
+
+
+def _large(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu" or dtype not in _CODES or numel * dtype.itemsize < THRESHOLD or native.error() is not None:
+        return False
+    return native.module().hugepages() and native.module().has_exchange_api()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised contiguous tensor."""
+    if _large(math.prod(shape), dtype, device):
+        stride, numel = [1] * len(shape), 1
+        for i in range(len(shape) - 1, -1, -1):
+            stride[i], numel = numel, numel * shape[i]
+        return native.module().empty(list(shape), _CODES[dtype], stride)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor with x's shape and order of strides, as torch.empty_like gives."""
+    if _large(x.numel(), x.dtype, x.device):
+        stride = torch.empty_like(x, device="meta").stride()
+        return native.module().empty(list(x.shape), _CODES[x.dtype], list(stride))
+    return torch.empty_like(x)
+
+
+def release_cache() -> int:
+    """Give the cached blocks back to the system; returns how many bytes."""
+    return 0 if native.error() is not None else native.module().release_hugepages()

@@ -1,0 +1,153 @@
+"""What layer_norm and rms_norm share: the specification of a call, its sentences, and the native doors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastattn.ops import _alloc, _check
+from fastattn.runtime import native
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """What a backend needs to know to say whether it takes the call."""
+
+    op: str
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    weight_dtype: torch.dtype | None
+    device: str
+    residual: bool
+
+    def __str__(self) -> str:
+        weight = "no weight" if self.weight_dtype is None else f"weight {_short(self.weight_dtype)}"
+        residual = ", residual" if self.residual else ""
+        return f"x {_short(self.dtype)} {list(self.shape)} on {self.device}, {weight}{residual}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+) -> NormSpec:
+    """Raises ValueError in the user's words, or returns the specification. Runs identically on fake tensors."""
+    _rows(op, "x", x)
+    _check.floating(op, "x", x)
+    if residual is not None:
+        _rows(op, "residual", residual)
+        _check.shape(op, "residual", residual, tuple(x.shape), "that of x,")
+        _check.same_dtype(op, "residual", residual, "x", x.dtype)
+        _check.same_device(op, "residual", residual, "x", x.device)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            _vector(op, name, vector, x)
+    if weight is not None and bias is not None:
+        _check.same_dtype(op, "bias", bias, "weight", weight.dtype)
+    _check.number(op, "eps", eps)
+    if eps < 0:
+        _check.fail(op, "eps", "at least 0", eps)
+    vector = weight if weight is not None else bias
+    return NormSpec(
+        op=op,
+        shape=tuple(x.shape),
+        dtype=x.dtype,
+        weight_dtype=None if vector is None else vector.dtype,
+        device=x.device.type,
+        residual=residual is not None,
+    )
+
+
+def _rows(op: str, name: str, tensor: torch.Tensor) -> None:
+    _check.is_tensor(op, name, tensor)
+    if tensor.layout != torch.strided:
+        _check.fail(op, name, "a strided tensor", f"layout {tensor.layout}")
+    if tensor.dim() < 1:
+        _check.fail(op, name, "at least one-dimensional (the last axis is normalised)", "a scalar")
+    _check.unit_last_stride(op, name, tensor)
+
+
+def _vector(op: str, name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
+    _check.is_tensor(op, name, tensor)
+    _check.shape(op, name, tensor, (x.shape[-1],), "[cols] of x,")
+    _check.unit_last_stride(op, name, tensor)
+    _check.same_device(op, name, tensor, "x", x.device)
+    if tensor.dtype not in (x.dtype, torch.float32):
+        _check.fail(op, name, f"of the dtype of x ({x.dtype}) or float32", tensor.dtype)
+
+
+def cpu_objections(spec: NormSpec) -> list[str]:
+    """Why the native CPU kernels do not take a norm."""
+    found = []
+    if native.error() is not None:
+        found.append(str(native.error()))
+    if spec.device != "cpu":
+        found.append(f"x is on {spec.device}, the kernels are for the CPU")
+    if spec.dtype not in NATIVE_DTYPES:
+        found.append(f"dtype {_short(spec.dtype)} is not among float32, bfloat16, float16")
+    if len(spec.shape) > 8:
+        found.append(f"x has {len(spec.shape)} dimensions, the kernels take 8")
+    return found
+
+
+def cpu_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    *,
+    centred: bool,
+    weight_offset: float = 0.0,
+    round_first: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """y, x + residual (None without residual), mean (None unless centred), rstd."""
+    y = _alloc.empty(x.shape, x.dtype, x.device)
+    total = None if residual is None else _alloc.empty(x.shape, x.dtype, x.device)
+    mean = _alloc.empty(x.shape[:-1], torch.float32, x.device) if centred else None
+    rstd = _alloc.empty(x.shape[:-1], torch.float32, x.device)
+    native.module().norm_fwd(
+        *(x, weight, bias, residual, y, total, mean, rstd),
+        *(centred, eps, weight_offset, round_first, torch.get_num_threads()),
+    )
+    return y, total, mean, rstd
+
+
+def cpu_backward(
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    *,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+    weight_offset: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """dx, dweight, dbias; a dtype of None means that this gradient is not wanted."""
+    dx = _alloc.empty(x.shape, x.dtype, x.device)
+    cols = x.shape[-1:]
+    dweight = None if dweight_dtype is None else torch.empty(cols, dtype=dweight_dtype, device=x.device)
+    dbias = None if dbias_dtype is None else torch.empty(cols, dtype=dbias_dtype, device=x.device)
+    native.module().norm_bwd(
+        *(dy, dsum, x, weight, mean, rstd, dx, dweight, dbias),
+        *(mean is not None, weight_offset, torch.get_num_threads()),
+    )
+    return dx, dweight, dbias
+
+
+def unit_last(grad: torch.Tensor | None) -> torch.Tensor | None:
+    """An incoming gradient as the kernels read it; the user does not choose its strides (`y.sum()` sends stride 0)."""
+    return grad if grad is None or grad.stride(-1) == 1 or grad.shape[-1] <= 1 else grad.contiguous()
