@@ -27,6 +27,8 @@ struct Forward {
   // scratch
   float *qt, *ot, *scores, *probs, *k_tile, *v_tile, *keep;
   PairTiles pairs;
+  Ahead k_ahead, v_ahead, q_ahead;
+  int64_t step_rows = 0;  // rows to fetch per register block of the first product
 
   static int64_t scratch_floats(const AttentionParams& p, int64_t micros) {
     int64_t cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell, cols = round_up(p.headdim_v, kRows);
@@ -63,7 +65,12 @@ struct Forward {
     bool started;
   };
 
-  void run(int64_t b, int64_t h, int64_t m_begin) {
+  struct Task {
+    int64_t b, h, m;
+  };
+
+  void run(Task task, const Task* next) {
+    int64_t b = task.b, h = task.h, m_begin = task.m;
     Head s = head_of(p, b, h);
     int64_t count = min64(micros, round_up(s.sq - m_begin, kM) / kM);
     if (count <= 0) return;
@@ -79,9 +86,31 @@ struct Forward {
     KeyTiles<T, Cells> tiles(p, s, cells, groups, k_tile, v_tile);
     for (int64_t n0 = rows[0].lanes.begin / kRows * kRows; n0 < end; n0 += kBlockN) {
       tiles.start(n0, min64(kBlockN, end - n0));
+      look_ahead(s, n0 + kBlockN, end, count, next);
       for (int64_t i = 0; i < count; ++i) micro(s, rows[i], i, tiles);
     }
     for (int64_t i = 0; i < count; ++i) finish(s, rows[i], ot + i * kM * groups * kRows);
+  }
+
+  // What comes after this tile: the next one of this task, or the first of the next task with its queries.
+  void look_ahead(const Head& s, int64_t n0, int64_t end, int64_t blocks, const Task* next) {
+    k_ahead = v_ahead = q_ahead = Ahead{};
+    if (p.block_table != nullptr) return;
+    int64_t keys = min64(kBlockN, end - n0);
+    if (keys > 0) {
+      set_ahead(s, n0, keys);
+    } else if (next != nullptr) {
+      Head t = head_of(p, next->b, next->h);
+      int64_t first = min64(t.sk, first_key(p, t, next->m)), rows = min64(micros * kM, t.sq - next->m);
+      q_ahead = ahead(q_row<T>(p, t, next->m), p.q_stride[1], p.headdim, rows);
+      if (t.hk != s.hk || t.b != s.b) set_ahead(t, first, min64(kBlockN, t.sk - first));
+    }
+    int64_t steps = blocks * (kBlockN / kRows);
+    step_rows = (max64(k_ahead.rows, q_ahead.rows) + steps - 1) / steps;
+  }
+  void set_ahead(const Head& s, int64_t n0, int64_t keys) {
+    k_ahead = ahead(key_row<T>(p, s, p.k, p.k_stride, n0), p.k_stride[1], p.headdim, keys);
+    v_ahead = ahead(key_row<T>(p, s, p.v, p.v_stride, n0), p.v_stride[1], p.headdim_v, keys);
   }
 
   // One block of kM queries against one tile of keys.
@@ -94,18 +123,32 @@ struct Forward {
     int64_t n0 = tiles.n0 + skip, count = round_up(end - n0, kRows);
     const float* k = tiles.k() + skip * tiles.k_ld;
 
-    bool plain = !modified && sight == Sight::all && n0 >= r.lanes.full_begin && n0 + count <= r.lanes.full_end;
+    bool rewritten = modified || sight != Sight::all;  // a pass over the tile that also sees to the band
+    int64_t plain_begin = r.lanes.full_begin - n0, plain_end = r.lanes.full_end - n0;
+    bool banded = !rewritten && (plain_begin > 0 || plain_end < count);
+    Band band;
+    if (banded) band = Band::of(r.lanes, n0, count);
     vf top[kVecs];
     for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
     const float* q = qt + index * kM * cells;
     for (int64_t n = 0; n < count; n += kRows) {
       float* to = scores + n * kM;
-      block_product<Cells>(k + n * tiles.k_ld, tiles.k_ld, 1, q, kM, cells, [&](int i, int v, vf x) {
-        store(to + i * kM + v * VL, x);
-        top[v] = max(top[v], x);
-      });
+      k_ahead.fetch(step_rows);
+      v_ahead.fetch(step_rows);
+      q_ahead.fetch(step_rows);
+      if (banded && (n < plain_begin || n + kRows > plain_end))
+        block_product<Cells>(k + n * tiles.k_ld, tiles.k_ld, 1, q, kM, cells, [&](int i, int v, vf x) {
+          x = band.cut(v, n + i, x);
+          store(to + i * kM + v * VL, x);
+          top[v] = max(top[v], x);
+        });
+      else
+        block_product<Cells>(k + n * tiles.k_ld, tiles.k_ld, 1, q, kM, cells, [&](int i, int v, vf x) {
+          store(to + i * kM + v * VL, x);
+          top[v] = max(top[v], x);
+        });
     }
-    if (!plain) {
+    if (rewritten) {
       for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
       apply_options(p, s, r.lanes, n0, count, sight, modified, scores, pairs, top, nullptr);
     }
@@ -206,15 +249,21 @@ struct Forward {
 
 template <class T, class Cells>
 void forward(const AttentionParams& p) {
-  int64_t micros = min64(kMaxMicros / 2, round_up(p.seqlen_q, kM) / kM);
-  if (p.headdim + p.headdim_v > 512) micros = min64(micros, 2);
+  int64_t micros = p.seqlen_q >= 1024 ? kMaxMicros : kMaxMicros / 2;
+  if (p.headdim + p.headdim_v > 256) micros = p.headdim + p.headdim_v > 512 ? 2 : 4;
+  micros = min64(micros, round_up(p.seqlen_q, kM) / kM);
   int64_t block = micros * kM, blocks = round_up(p.seqlen_q, block) / block, heads = p.batch * p.nheads;
   bool causal = p.right < kUnbounded;
-  parallel_for(p.nthreads, blocks * heads, [&](int64_t task) {
+  using Task = typename Forward<T, Cells>::Task;
+  auto task_of = [&](int64_t task) {
     // Without a right bound neighbours share keys; with one, the longest rows go first.
     int64_t head = causal ? task % heads : task / blocks;
     int64_t m = causal ? blocks - 1 - task / heads : task % blocks;
-    Forward<T, Cells>(p, micros).run(head / p.nheads, head % p.nheads, m * block);
+    return Task{head / p.nheads, head % p.nheads, m * block};
+  };
+  parallel_for_ahead(p.nthreads, blocks * heads, [&](int64_t task, int64_t next) {
+    Task then = task_of(next < blocks * heads ? next : task);
+    Forward<T, Cells>(p, micros).run(task_of(task), next < blocks * heads ? &then : nullptr);
   });
 }
 

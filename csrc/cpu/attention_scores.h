@@ -184,6 +184,29 @@ FASTATTN_INLINE void make_lanes(const AttentionParams& p, const Head& s, int64_t
   lanes.full_end = lanes.last[0];
 }
 
+// The band of a block against a tile that starts at key n0, as compares of the key's index in the tile.
+struct Band {
+  vi first[kVecs], last[kVecs];
+  FASTATTN_INLINE Band of(const Lanes& lanes, int64_t n0, int64_t count) {
+    int32_t first_lane[kM], last_lane[kM];
+    for (int lane = 0; lane < kM; ++lane) {
+      first_lane[lane] = static_cast<int32_t>(max64(-1, min64(count, lanes.first[lane] - n0)));
+      last_lane[lane] = static_cast<int32_t>(max64(0, min64(count, lanes.last[lane] - n0)));
+    }
+    Band band;
+    for (int v = 0; v < kVecs; ++v) {
+      band.first[v] = load_i(first_lane + v * VL);
+      band.last[v] = load_i(last_lane + v * VL);
+    }
+    return band;
+  }
+  // x where the lane sees the key, else -inf.
+  inline __attribute__((always_inline)) vf cut(int v, int64_t key, vf x) const {
+    vi n = splat_i(static_cast<int32_t>(key));
+    return select((vi)(n >= first[v]) & (vi)(n < last[v]), x, splat(-kInfinity));
+  }
+};
+
 FASTATTN_INLINE bool is_modified(const AttentionParams& p) {
   return p.softcap > 0.0f || p.alibi_slopes != nullptr || p.bias != nullptr || !(p.scale > 0.0f);
 }
@@ -201,18 +224,10 @@ FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, cons
     load_pairs(p.mask + s.b * st[0] + s.h * st[1] + lanes.m0 * st[2] + n0 * st[3], st[2], st[3], lanes.rows, seen, pairs.mask);
   }
   if (p.bias != nullptr) load_bias(p, s, lanes.m0, lanes.rows, n0, seen, pairs.bias);
-  int32_t first_lane[kM], last_lane[kM];  // relative to the tile
-  for (int lane = 0; lane < kM; ++lane) {
-    first_lane[lane] = static_cast<int32_t>(max64(-1, min64(count, lanes.first[lane] - n0)));
-    last_lane[lane] = static_cast<int32_t>(max64(0, min64(count, lanes.last[lane] - n0)));
-  }
-  vi first[kVecs], last[kVecs];
+  Band band = Band::of(lanes, n0, count);
   vf distance[kVecs];  // from the diagonal to key n0
-  for (int v = 0; v < kVecs; ++v) {
-    first[v] = load_i(first_lane + v * VL);
-    last[v] = load_i(last_lane + v * VL);
+  for (int v = 0; v < kVecs; ++v)
     distance[v] = __builtin_convertvector(iota() + splat_i(static_cast<int32_t>(lanes.m0 + v * VL + s.diagonal - n0)), vf);
-  }
   vf inner = splat(p.softcap > 0.0f ? p.scale / p.softcap : p.scale);
   for (int64_t n = 0; n < count; ++n) {
     for (int v = 0; v < kVecs; ++v) {
@@ -235,10 +250,7 @@ FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, cons
         }
         x = x * splat(kLog2e);
       }
-      if (banded) {
-        vi key = splat_i(static_cast<int32_t>(n));
-        x = select((vi)(key >= first[v]) & (vi)(key < last[v]), x, splat(-kInfinity));
-      }
+      if (banded) x = band.cut(v, n, x);
       if (masked && n < seen) {
         vi visible = (vi)(load_i(pairs.mask + n * kM + v * VL) != 0);
         x = select(visible, x, splat(-kInfinity));

@@ -138,6 +138,19 @@ FASTATTN_INLINE vi column_cells(const T* a, const T* b, int64_t c, int64_t cols)
   }
 }
 
+// The g-th group of kRows lanes, by registers: a round trip through memory would stall on store forwarding.
+template <class Part>
+FASTATTN_INLINE Part lanes_part(vi x, int g) {
+#if VB == 64
+  return (Part)(g == 0 ? _mm512_castsi512_si256((__m512i)x) : _mm512_extracti64x4_epi64((__m512i)x, 1));
+#elif VB == 32
+  return (Part)(g == 0 ? _mm256_castsi256_si128((__m256i)x) : _mm256_extracti128_si256((__m256i)x, 1));
+#else
+  (void)g;
+  return (Part)x;
+#endif
+}
+
 // Two rows (one for floats) into the grouped layout of product_groups: to[group][pair index k][kRows], group_ld cells
 // between groups. `cols` is padded with zeros to a multiple of kRows. Returns lanes set at inf or NaN.
 template <class Cells, class T>
@@ -146,13 +159,29 @@ FASTATTN_INLINE vi group_rows(const T* a, const T* b, int64_t cols, int64_t k, i
   for (int64_t c = 0; c < cols; c += VL) {
     vi x = column_cells<Cells>(a, b, c, cols);
     bad |= Cells::kPerCell == 2 ? not_finite(x << 16) | not_finite(x) : not_finite(x);
-    float cells[VL];
-    store_i(cells, x);
+    float* at = to + c / kRows * group_ld + k * kRows;
+    typedef int32_t part __attribute__((vector_size(kRows * 4), aligned(4), may_alias));
 #pragma GCC unroll 4
     for (int g = 0; g < VL / kRows; ++g)
-      if (c + g * kRows < cols) __builtin_memcpy(to + (c / kRows + g) * group_ld + k * kRows, cells + g * kRows, kRows * 4);
+      if (c + g * kRows < cols) *reinterpret_cast<part*>(at + g * group_ld) = lanes_part<part>(x, g);
   }
   return bad;
+}
+
+// Rows that will be read soon, fetched into L2 a few at a time between products.
+struct Ahead {
+  const char* base = nullptr;
+  int64_t stride = 0, bytes = 0, rows = 0, done = 0;
+  inline void fetch(int64_t count) {
+    for (int64_t end = min64(rows, done + count); done < end; ++done)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + done * stride + i, 0, 2);
+  }
+};
+
+template <class T>
+FASTATTN_INLINE Ahead ahead(const T* rows, int64_t stride, int64_t cols, int64_t count) {
+  constexpr int64_t size = sizeof(T);
+  return {reinterpret_cast<const char*>(rows), stride * size, cols * size, max64(0, count), 0};
 }
 
 }  // namespace

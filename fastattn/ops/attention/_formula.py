@@ -243,6 +243,8 @@ def attend_backward(
     nheads_k = block.k.shape[2]
     found = scores(spec, block, dout)
     p = probabilities(found.s, lse.to(found.s.dtype))
+    if found.visible is not None:
+        p = p.where(found.visible, 0)  # a row that holds NaN must not reach the keys it may not see
     dout_heads, v_heads = by_head(dout, nheads_k), by_head(block.v, nheads_k)
     dv = _weigh_queries(_dropout(spec, block, p).unflatten(1, (nheads_k, -1)), dout_heads, found.pairwise)
     dp = _query_key(dout_heads, v_heads, found.pairwise).flatten(1, 2).to(p.dtype)
