@@ -70,7 +70,9 @@ void fill(AttentionParams& p, const View& q, const View& k, const View& v, const
   p.softcap = softcap.is_none() ? 0.0f : softcap.cast<float>();
   p.seqlen_q = packed ? options[6].cast<int64_t>() : q.shape[1];
   p.seqlen_k = packed ? options[7].cast<int64_t>() : k.shape[1];
-  p.nthreads = options[8].cast<int>();
+  // Waking a thread costs about a microsecond; below this many FLOPs it is not earned back.
+  double flops = 2.0 * static_cast<double>(p.batch * p.nheads) * p.seqlen_q * p.seqlen_k * (p.headdim + p.headdim_v);
+  p.nthreads = flops < 5e5 ? 1 : options[8].cast<int>();
   if (mask) {
     p.mask = mask.as<bool>();
     pair_strides(mask, p.mask_stride);

@@ -82,6 +82,9 @@ struct Backward {
   // One tile.
   float *scores, *dp, *p_rows, *ds_rows, *ds_pairs, *keep, *slope;
   PairTiles pairs;
+  // The rows of the next block of queries, or of the next task with its keys, on their way into L2.
+  Ahead coming[5];
+  int64_t step_rows = 0;
 
   template <class Take>
   void layout(Take&& take) {
@@ -133,26 +136,59 @@ struct Backward {
     });
   }
 
-  void run(int64_t batch_task, int64_t head_task, int64_t chunk) {
-    int64_t b_end = plan.batch_tasks == p.batch ? batch_task + 1 : p.batch;
-    int64_t h_end = plan.head_tasks == p.nheads_k ? head_task + 1 : p.nheads_k;
-    for (int64_t b = batch_task; b < b_end; ++b)
-      for (int64_t hk = head_task; hk < h_end; ++hk) one_key_head(b, hk, chunk);
+  struct Task {
+    int64_t b, hk, chunk;  // the first of its batch entries and key heads
+  };
+
+  void run(const Task& task, const Task* next) {
+    int64_t b_end = plan.batch_tasks == p.batch ? task.b + 1 : p.batch;
+    int64_t h_end = plan.head_tasks == p.nheads_k ? task.hk + 1 : p.nheads_k;
+    for (int64_t b = task.b; b < b_end; ++b)
+      for (int64_t hk = task.hk; hk < h_end; ++hk) one_key_head(b, hk, task.chunk, next);
   }
 
-  void one_key_head(int64_t b, int64_t hk, int64_t chunk) {
+  void one_key_head(int64_t b, int64_t hk, int64_t chunk, const Task* next) {
     int64_t group_size = p.nheads / p.nheads_k;
     Head s = head_of(p, b, hk * group_size);
     int64_t begin = chunk * plan.chunk_keys, keys = max64(0, min64(plan.chunk_keys, s.sk - begin));
-    if (keys == 0 && chunk > 0 && dq_partial == nullptr) return;
     pack_keys(s, begin, keys);
     __builtin_memset(dk, 0, keys * lanes_d * sizeof(float));
     __builtin_memset(dv, 0, keys * lanes_v * sizeof(float));
     for (int64_t g = 0; g < group_size; ++g) {
       s = head_of(p, b, hk * group_size + g);
-      for (int64_t m0 = 0; m0 < s.sq; m0 += kM) query_block(s, m0, begin, keys, chunk);
+      for (int64_t m0 = 0; m0 < s.sq; m0 += kM) {
+        look_ahead(s, m0 + kM, g + 1 < group_size, next, keys);
+        query_block(s, m0, begin, keys, chunk);
+      }
     }
     store_keys(s, begin, keys);
+  }
+
+  void look_ahead(const Head& now, int64_t m, bool more_heads, const Task* next, int64_t keys) {
+    for (auto& c : coming) c = Ahead{};
+    Head s = now;
+    if (m >= now.sq) {
+      m = 0;
+      if (more_heads) {
+        s = head_of(p, now.b, now.h + 1);
+      } else if (next != nullptr) {
+        s = head_of(p, next->b, next->hk * (p.nheads / p.nheads_k));
+        int64_t begin = next->chunk * plan.chunk_keys, count = min64(kBlockN, s.sk - begin);
+        coming[3] = ahead(key_row<T>(p, s, p.k, p.k_stride, begin), p.k_stride[1], p.headdim, count);
+        coming[4] = ahead(key_row<T>(p, s, p.v, p.v_stride, begin), p.v_stride[1], p.headdim_v, count);
+      } else {
+        return;
+      }
+    }
+    int64_t rows = min64(kM, s.sq - m), row = s.q_start + m;
+    coming[0] = ahead(q_row<T>(p, s, m), p.q_stride[1], p.headdim, rows);
+    coming[1] = ahead(out_row<T>(const_cast<void*>(p.dout), p.do_stride, s.b, row, s.h), p.do_stride[1], p.headdim_v, rows);
+    coming[2] = ahead(out_row<T>(p.o, p.o_stride, s.b, row, s.h), p.o_stride[1], p.headdim_v, rows);
+    int64_t steps = 4 * max64(1, keys / kBlockN);
+    step_rows = (max64(kM, coming[3].rows) + steps - 1) / steps;
+  }
+  void fetch() {
+    for (auto& c : coming) c.fetch(step_rows);
   }
 
   void pack_keys(const Head& s, int64_t begin, int64_t keys) {
@@ -259,12 +295,14 @@ struct Backward {
     int64_t n0 = begin + tile_begin + skip, count = round_up(to - n0, kRows), at = tile_begin + skip;
     bool plain = !modified && sight == Sight::all && n0 >= lanes.full_begin && n0 + count <= lanes.full_end;
 
+    fetch();
     product_rows<Cells>(k_cells + at * cells, cells, q_lanes, kM, count, cells, scores, kM, false);
     if (!plain) {
       vf top[kVecs];
       for (int v = 0; v < kVecs; ++v) top[v] = zero();
       apply_options(p, s, lanes, n0, count, sight, modified, scores, pairs, top, p.softcap > 0.0f ? slope : nullptr);
     }
+    fetch();
     product_rows<Cells>(v_cells + at * cells_v, cells_v, do_lanes, kM, count, cells_v, dp, kM, false);
     if (p.dropout) apply_dropout(p, s, lanes.m0, n0, count, keep);
     gradients_of_scores(count);
@@ -274,8 +312,10 @@ struct Backward {
     if constexpr (Cells::kPerCell == 2) pack_scores(count);
 
     int64_t rows = kM / Cells::kPerCell;
+    fetch();
     for (int64_t d = 0; d < lanes_v; d += kM)
       product_rows<Cells>(p_rows, rows, do_rows + d, lanes_v, count, rows, dv + at * lanes_v + d, lanes_v, true);
+    fetch();
     for (int64_t d = 0; d < lanes_d; d += kM)
       product_rows<Cells>(ds_rows, rows, q_rows + d, lanes_d, count, rows, dk + at * lanes_d + d, lanes_d, true);
     int64_t group_ld = round_up(tile_count, kRows) / Cells::kPerCell * kRows;
@@ -376,9 +416,11 @@ void backward(const AttentionBwdParams& p) {
   float* partial = nullptr;
   if (plan.chunks > 1) partial = new float[plan.chunks * p.nheads * query_rows(p) * p.headdim];
   int64_t heads = plan.batch_tasks * plan.head_tasks;
-  parallel_for(p.nthreads, heads * plan.chunks, [&](int64_t task) {
-    int64_t head = task % heads;
-    Backward<T, Cells>(p, plan, partial).run(head / plan.head_tasks, head % plan.head_tasks, task / heads);
+  using Task = typename Backward<T, Cells>::Task;
+  auto task_of = [&](int64_t i) { return Task{i % heads / plan.head_tasks, i % heads % plan.head_tasks, i / heads}; };
+  parallel_for_ahead(p.nthreads, heads * plan.chunks, [&](int64_t i, int64_t then) {
+    Task next = task_of(then);
+    Backward<T, Cells>(p, plan, partial).run(task_of(i), then < heads * plan.chunks ? &next : nullptr);
   });
   if (partial != nullptr) reduce_queries<T>(p, plan, partial);
   delete[] partial;

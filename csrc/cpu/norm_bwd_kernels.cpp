@@ -15,35 +15,39 @@ namespace {
 
 constexpr int kGroup = 4;
 constexpr int64_t kMaxBlocks = 64, kWorkspaceFloats = 4 << 20;
-constexpr int64_t kChunk = 128 * VL;
+constexpr int64_t kChunkPacks = 128;
 
+// float32, in pack order (rows.h), each row of `stride` elements.
 struct Workspace {
-  const float* weight;  // [cols] float32, offset included, 1 where there is none
-  float* partial;       // [blocks][2][stride]: dweight, dbias
+  const float* weight;  // offset included, 1 where there is none
+  float* partial;       // [blocks][2]: dweight, dbias
   int64_t stride;
 };
 
 // Sums of g (when centred) and g * (x - mean) over a row.
 template <bool Centred, class X>
 FASTATTN_INLINE void row_sums(int64_t cols, const X* x, const X* dy, const float* weight, float mean, double* g_sum, double* gx_sum) {
+  typedef typename OrderOf<X>::order Order;
+  typedef typename Order::pack pack;
+  constexpr int64_t W = Order::width, kChunk = kChunkPacks * W;
   vf m = splat(mean);
   *g_sum = *gx_sum = 0;
   for (int64_t begin = 0; begin < cols; begin += kChunk) {
     int64_t end = begin + kChunk < cols ? begin + kChunk : cols, i = begin;
-    vf g0 = zero(), g1 = zero(), gx0 = zero(), gx1 = zero();
-    auto step = [&](vf& g_acc, vf& gx_acc, int64_t j, auto n) __attribute__((always_inline)) {
-      vf g = get(dy + j, n) * get(weight + j, n), v = get(x + j, n);
+    pack g0 = splat_pack(Order{}, 0.0f), g1 = g0, gx0 = g0, gx1 = g0;
+    auto step = [&](pack& g_acc, pack& gx_acc, int64_t j, auto n) __attribute__((always_inline)) {
+      pack g = fetch(Order{}, dy + j, n) * take(Order{}, weight + j), v = fetch(Order{}, x + j, n);
       if constexpr (Centred) {
         g_acc += g;
         v = v - m;
       }
       gx_acc += g * v;
     };
-    for (; i + 2 * VL <= end; i += 2 * VL) {
+    for (; i + 2 * W <= end; i += 2 * W) {
       step(g0, gx0, i, Whole{});
-      step(g1, gx1, i + VL, Whole{});
+      step(g1, gx1, i + W, Whole{});
     }
-    for (; i + VL <= end; i += VL) step(g0, gx0, i, Whole{});
+    for (; i + W <= end; i += W) step(g0, gx0, i, Whole{});
     if (i < end) step(g1, gx1, i, end - i);
     if constexpr (Centred) *g_sum += reduce_add(g0 + g1);
     *gx_sum += reduce_add(gx0 + gx1);
@@ -52,7 +56,9 @@ FASTATTN_INLINE void row_sums(int64_t cols, const X* x, const X* dy, const float
 
 template <bool Centred, class X, int R>
 FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float* weight, float* dweight, float* dbias, bool around_cache) {
-  const X *x[R], *dy[R], *dsum[R];
+  typedef typename OrderOf<X>::order Order;
+  typedef typename Order::pack pack;
+  const X *x[R], *dy[R], *dsum[R], *x_ahead[R], *dy_ahead[R];
   X* dx[R];
   vf mean[R], rstd[R], g_mean[R], gx_mean[R];
   int64_t cols = p.cols;
@@ -62,6 +68,9 @@ FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float*
     dy[r] = row_of<X>(p.dy, row + r);
     dsum[r] = adds ? row_of<X>(p.dsum, row + r) : nullptr;
     dx[r] = static_cast<X*>(p.dx) + (row + r) * cols;
+    int64_t next = row + R + r < p.rows ? row + R + r : row + r;
+    x_ahead[r] = row_of<X>(p.x, next);
+    dy_ahead[r] = row_of<X>(p.dy, next);
     float m = Centred ? p.mean[row + r] : 0.0f, s = p.rstd[row + r];
     double g_sum, gx_sum;
     row_sums<Centred>(cols, x[r], dy[r], weight, m, &g_sum, &gx_sum);
@@ -71,27 +80,29 @@ FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float*
     gx_mean[r] = splat(static_cast<float>(gx_sum * s / static_cast<double>(cols)));
   }
   auto column = [&](int64_t i, auto n) __attribute__((always_inline)) {
-    vf w = get(weight + i, n), dw = zero(), db = zero();
+    pack w = take(Order{}, weight + i), dw = splat_pack(Order{}, 0.0f), db = dw;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      vf d = get(dy[r] + i, n), h = get(x[r] + i, n);
+      prefetch(x_ahead[r] + i);
+      prefetch(dy_ahead[r] + i);
+      pack d = fetch(Order{}, dy[r] + i, n), h = fetch(Order{}, x[r] + i, n);
       h = (Centred ? h - mean[r] : h) * rstd[r];
       dw += d * h;
       db += d;
-      vf g = d * w;
+      pack g = d * w;
       if constexpr (Centred) g = g - g_mean[r];
-      vf out = (g - h * gx_mean[r]) * rstd[r];
-      if (adds) out += get(dsum[r] + i, n);
+      pack out = (g - h * gx_mean[r]) * rstd[r];
+      if (adds) out += fetch(Order{}, dsum[r] + i, n);
       if (around_cache)
-        stream(dx[r] + i, out);  // only with whole vectors
+        stream(dx[r] + i, out);  // only with whole packs
       else
-        put(dx[r] + i, out, n);
+        emit(dx[r] + i, out, n);
     }
-    if (dweight != nullptr) put(dweight + i, get(dweight + i, n) + dw, n);
-    if (dbias != nullptr) put(dbias + i, get(dbias + i, n) + db, n);
+    if (dweight != nullptr) keep(dweight + i, take(Order{}, dweight + i) + dw);
+    if (dbias != nullptr) keep(dbias + i, take(Order{}, dbias + i) + db);
   };
   int64_t i = 0;
-  for (; i + VL <= cols; i += VL) column(i, Whole{});
+  for (; i + Order::width <= cols; i += Order::width) column(i, Whole{});
   if (i < cols) column(i, cols - i);
 }
 
@@ -99,7 +110,7 @@ template <bool Centred, class X>
 void block_bwd(const NormBwdParams& p, const Workspace& work, int64_t block, int64_t begin, int64_t end, bool around_cache) {
   float* dweight = p.dweight != nullptr ? work.partial + (2 * block) * work.stride : nullptr;
   float* dbias = p.dbias != nullptr ? work.partial + (2 * block + 1) * work.stride : nullptr;
-  for (int64_t i = 0; i < p.cols; ++i) {
+  for (int64_t i = 0; i < work.stride; ++i) {
     if (dweight != nullptr) dweight[i] = 0;
     if (dbias != nullptr) dbias[i] = 0;
   }
@@ -109,44 +120,36 @@ void block_bwd(const NormBwdParams& p, const Workspace& work, int64_t block, int
   if (around_cache) stream_fence();
 }
 
-template <class W>
+template <class Order, class W>
 void widen_weight(const NormBwdParams& p, float* to) {
   const W* from = static_cast<const W*>(p.weight);
-  for (int64_t i = 0; i < p.cols; i += VL) {
-    vf w = splat(1.0f);
-    if (from != nullptr) w = (i + VL <= p.cols ? load(from + i) : load_n(from + i, p.cols - i)) + splat(p.weight_offset);
-    store(to + i, w);  // the workspace is padded to whole vectors
+  for (int64_t i = 0; i < p.cols; i += Order::width) {
+    auto w = splat_pack(Order{}, 1.0f);
+    if (from != nullptr) {
+      int64_t left = p.cols - i;
+      w = (left >= Order::width ? fetch(Order{}, from + i, Whole{}) : fetch(Order{}, from + i, left)) + splat(p.weight_offset);
+    }
+    keep(to + i, w);
   }
 }
 
 // to[i] = the sum over blocks, in order, of partial[block][i].
-template <class W>
+template <class Order, class W>
 void add_blocks(int64_t begin, int64_t end, int64_t blocks, const float* partial, int64_t block_stride, W* to) {
-  for (int64_t i = begin; i < end; i += VL) {
-    vf sum = zero();
-    for (int64_t b = 0; b < blocks; ++b) sum += load(partial + b * block_stride + i);
-    if (i + VL <= end)
-      store(to + i, sum);
+  for (int64_t i = begin; i < end; i += Order::width) {
+    auto sum = splat_pack(Order{}, 0.0f);
+    for (int64_t b = 0; b < blocks; ++b) sum += take(Order{}, partial + b * block_stride + i);
+    if (i + Order::width <= end)
+      emit(to + i, sum, Whole{});
     else
-      store_n(to + i, sum, end - i);
+      emit(to + i, sum, end - i);
   }
 }
 
-template <class W>
-void reduce(const NormBwdParams& p, const Workspace& work, int64_t blocks, int nthreads) {
-  constexpr int64_t kColumns = 1024;
-  parallel_for(nthreads, (p.cols + kColumns - 1) / kColumns, [&](int64_t task) {
-    int64_t begin = task * kColumns, end = begin + kColumns < p.cols ? begin + kColumns : p.cols;
-    if (p.dweight != nullptr)
-      add_blocks(begin, end, blocks, work.partial, 2 * work.stride, static_cast<W*>(p.dweight));
-    if (p.dbias != nullptr)
-      add_blocks(begin, end, blocks, work.partial + work.stride, 2 * work.stride, static_cast<W*>(p.dbias));
-  });
-}
-
-template <class X>
-void typed_bwd(const NormBwdParams& p) {
-  int64_t stride = (p.cols + VL - 1) / VL * VL;
+template <class X, class W>
+void blocks_bwd(const NormBwdParams& p) {
+  typedef typename OrderOf<X>::order Order;
+  int64_t stride = (p.cols + Order::width - 1) / Order::width * Order::width;
   int64_t blocks = kWorkspaceFloats / (2 * stride);
   if (blocks > kMaxBlocks) blocks = kMaxBlocks;
   if (blocks < 4) blocks = 4;
@@ -155,12 +158,7 @@ void typed_bwd(const NormBwdParams& p) {
   blocks = (p.rows + per_block - 1) / per_block;
   float* scratch = static_cast<float*>(thread_scratch((1 + 2 * blocks) * stride * 4));
   Workspace work{scratch, scratch + stride, stride};
-  if (p.weight_dtype == 0)
-    widen_weight<float>(p, scratch);
-  else if (p.weight_dtype == 1)
-    widen_weight<bf16>(p, scratch);
-  else
-    widen_weight<f16>(p, scratch);
+  widen_weight<Order, W>(p, scratch);
   int64_t moved = p.rows * p.cols * static_cast<int64_t>(sizeof(X)) * (p.dsum.data != nullptr ? 4 : 3);
   bool around_cache = moved > kNonTemporalBytes && streamable(static_cast<X*>(p.dx), p.cols);
   int nthreads = p.rows * p.cols < kParallelElements ? 1 : p.nthreads;
@@ -171,22 +169,22 @@ void typed_bwd(const NormBwdParams& p) {
     else
       block_bwd<false, X>(p, work, block, begin, end, around_cache);
   });
-  if (p.dweight == nullptr && p.dbias == nullptr) return;
-  if (p.weight_dtype == 0)
-    reduce<float>(p, work, blocks, nthreads);
-  else if (p.weight_dtype == 1)
-    reduce<bf16>(p, work, blocks, nthreads);
-  else
-    reduce<f16>(p, work, blocks, nthreads);
+  constexpr int64_t kColumns = 1024;
+  parallel_for(nthreads, (p.cols + kColumns - 1) / kColumns, [&](int64_t task) {
+    int64_t begin = task * kColumns, end = begin + kColumns < p.cols ? begin + kColumns : p.cols;
+    if (p.dweight != nullptr) add_blocks<Order>(begin, end, blocks, work.partial, 2 * stride, static_cast<W*>(p.dweight));
+    if (p.dbias != nullptr) add_blocks<Order>(begin, end, blocks, work.partial + stride, 2 * stride, static_cast<W*>(p.dbias));
+  });
 }
 
 }  // namespace
 
 void norm_bwd(const NormBwdParams& p) {
   if (p.cols == 0) return;
-  if (p.dtype == 0) return typed_bwd<float>(p);
-  if (p.dtype == 1) return typed_bwd<bf16>(p);
-  return typed_bwd<f16>(p);
+  bool wide = p.weight_dtype == 0;
+  if (p.dtype == 0) return blocks_bwd<float, float>(p);
+  if (p.dtype == 1) return wide ? blocks_bwd<bf16, float>(p) : blocks_bwd<bf16, bf16>(p);
+  return wide ? blocks_bwd<f16, float>(p) : blocks_bwd<f16, f16>(p);
 }
 
 }  // namespace FASTATTN_ISA

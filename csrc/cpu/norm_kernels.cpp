@@ -12,22 +12,24 @@ namespace FASTATTN_ISA {
 namespace {
 
 constexpr int64_t kTaskBytes = 64 << 10;
-constexpr int64_t kChunk = 128 * VL;
+constexpr int64_t kChunkPacks = 128;
 
 // The sum of term(i, count) over a row: four chains per chunk, chunks added in double.
-template <class Term>
+template <class Order, class Term>
 FASTATTN_INLINE double row_sum(int64_t cols, Term term) {
+  typedef typename Order::pack pack;
+  constexpr int64_t W = Order::width, kChunk = kChunkPacks * W;
   double total = 0;
   for (int64_t begin = 0; begin < cols; begin += kChunk) {
     int64_t end = begin + kChunk < cols ? begin + kChunk : cols, i = begin;
-    vf a = zero(), b = zero(), c = zero(), d = zero();
-    for (; i + 4 * VL <= end; i += 4 * VL) {
+    pack a = splat_pack(Order{}, 0.0f), b = a, c = a, d = a;
+    for (; i + 4 * W <= end; i += 4 * W) {
       a += term(i, Whole{});
-      b += term(i + VL, Whole{});
-      c += term(i + 2 * VL, Whole{});
-      d += term(i + 3 * VL, Whole{});
+      b += term(i + W, Whole{});
+      c += term(i + 2 * W, Whole{});
+      d += term(i + 3 * W, Whole{});
     }
-    for (; i + VL <= end; i += VL) a += term(i, Whole{});
+    for (; i + W <= end; i += W) a += term(i, Whole{});
     if (i < end) b += term(i, end - i);
     total += reduce_add((a + b) + (c + d));
   }
@@ -38,20 +40,20 @@ struct Moments {
   float mean, rstd;
 };
 
-// first(i, count) yields the row's elements on the first pass; s holds them for the second.
-template <bool Centred, class S, class First>
-FASTATTN_INLINE Moments moments(int64_t cols, double eps, const S* s, First first) {
+// once(i, count) yields the row's elements on the first pass, again(i, count) on the second.
+template <bool Centred, class Order, class Once, class Again>
+FASTATTN_INLINE Moments moments(int64_t cols, double eps, Once once, Again again) {
   double mean = 0, squares;
   if constexpr (Centred) {
-    mean = row_sum(cols, first) / static_cast<double>(cols);
+    mean = row_sum<Order>(cols, once) / static_cast<double>(cols);
     vf m = splat(static_cast<float>(mean));
-    squares = row_sum(cols, [&](int64_t i, auto n) __attribute__((always_inline)) {
-      vf d = get(s + i, n) - m;
-      return keep(d * d, n);
+    squares = row_sum<Order>(cols, [&](int64_t i, auto n) __attribute__((always_inline)) {
+      auto d = again(i, n) - m;
+      return first(d * d, n);
     });
   } else {
-    squares = row_sum(cols, [&](int64_t i, auto n) __attribute__((always_inline)) {
-      vf v = first(i, n);
+    squares = row_sum<Order>(cols, [&](int64_t i, auto n) __attribute__((always_inline)) {
+      auto v = once(i, n);
       return v * v;
     });
   }
@@ -59,59 +61,67 @@ FASTATTN_INLINE Moments moments(int64_t cols, double eps, const S* s, First firs
   return {static_cast<float>(mean), static_cast<float>(1.0 / __builtin_sqrt(variance))};
 }
 
-template <bool Centred, class S, class X, class W>
-FASTATTN_INLINE void write_row(const NormParams& p, const S* s, X* y, X* sum, Moments stats, bool around_cache) {
+// again(i, count) yields what is normalised; `ahead` is the next row, which is fetched meanwhile.
+template <bool Centred, class X, class W, class Again>
+FASTATTN_INLINE void write_row(const NormParams& p, Again again, X* y, X* sum, Moments stats, const X* ahead, bool around_cache) {
+  typedef typename OrderOf<X>::order Order;
   const W *weight = static_cast<const W*>(p.weight), *bias = static_cast<const W*>(p.bias);
   vf mean = splat(stats.mean), rstd = splat(stats.rstd), offset = splat(p.weight_offset);
   bool round_first = p.round_first;
-  auto normalised = [&](vf v, int64_t i, auto n) __attribute__((always_inline)) {
-    vf h = Centred ? (v - mean) * rstd : v * rstd;
-    if (round_first) h = rounded(h, y);
-    if (weight != nullptr) h = h * (Centred ? get(weight + i, n) : get(weight + i, n) + offset);
-    if (bias != nullptr) h = h + get(bias + i, n);
+  auto normalised = [&](auto v, int64_t i, auto n) __attribute__((always_inline)) {
+    auto h = Centred ? (v - mean) * rstd : v * rstd;
+    if (!Centred && round_first) h = rounded(h, y);
+    if (weight != nullptr) {
+      auto w = fetch(Order{}, weight + i, n);
+      h = h * (Centred ? w : w + offset);
+    }
+    if (Centred && bias != nullptr) h = h + fetch(Order{}, bias + i, n);
     return h;
   };
   int64_t i = 0, cols = p.cols;
-  if (around_cache) {
-    for (; i + VL <= cols; i += VL) {
-      vf v = load(s + i);
-      stream(y + i, normalised(v, i, Whole{}));
+  for (; i + Order::width <= cols; i += Order::width) {
+    auto v = again(i, Whole{});
+    auto h = normalised(v, i, Whole{});
+    prefetch(ahead + i);
+    if (around_cache) {
+      stream(y + i, h);
       if (sum != nullptr) stream(sum + i, v);
+    } else {
+      emit(y + i, h, Whole{});
+      if (sum != nullptr) emit(sum + i, v, Whole{});
     }
-    return;
-  }
-  for (; i + VL <= cols; i += VL) {
-    vf v = load(s + i);
-    store(y + i, normalised(v, i, Whole{}));
-    if (sum != nullptr) store(sum + i, v);
   }
   if (i < cols) {
-    vf v = load_n(s + i, cols - i);
-    store_n(y + i, normalised(v, i, cols - i), cols - i);
-    if (sum != nullptr) store_n(sum + i, v, cols - i);
+    auto v = again(i, cols - i);
+    emit(y + i, normalised(v, i, cols - i), cols - i);
+    if (sum != nullptr) emit(sum + i, v, cols - i);
   }
 }
 
 template <bool Centred, class X, class W>
 void rows_fwd(const NormParams& p, int64_t begin, int64_t end, bool around_cache) {
+  typedef typename OrderOf<X>::order Order;
   int64_t cols = p.cols;
   bool added = p.residual.data != nullptr;
-  float* scratch = added ? static_cast<float*>(thread_scratch((cols + VL) * 4)) : nullptr;
+  float* scratch = added ? static_cast<float*>(thread_scratch((cols + Order::width) * 4)) : nullptr;
   for (int64_t row = begin; row < end; ++row) {
-    const X* x = row_of<X>(p.x, row);
+    const X *x = row_of<X>(p.x, row), *ahead = row_of<X>(p.x, row + 1 < p.rows ? row + 1 : row);
     X* y = static_cast<X*>(p.y) + row * cols;
+    auto read = [&](int64_t i, auto n) __attribute__((always_inline)) { return fetch(Order{}, x + i, n); };
     Moments stats;
     if (added) {
       const X* r = row_of<X>(p.residual, row);
-      stats = moments<Centred>(cols, p.eps, scratch, [&](int64_t i, auto n) __attribute__((always_inline)) {
-        vf v = rounded(get(x + i, n) + get(r + i, n), x);
-        store(scratch + i, v);
+      auto add = [&](int64_t i, auto n) __attribute__((always_inline)) {
+        auto v = rounded(read(i, n) + fetch(Order{}, r + i, n), x);
+        keep(scratch + i, v);
         return v;
-      });
-      write_row<Centred, float, X, W>(p, scratch, y, static_cast<X*>(p.sum) + row * cols, stats, around_cache);
+      };
+      auto again = [&](int64_t i, auto) __attribute__((always_inline)) { return take(Order{}, scratch + i); };
+      stats = moments<Centred, Order>(cols, p.eps, add, again);
+      write_row<Centred, X, W>(p, again, y, static_cast<X*>(p.sum) + row * cols, stats, ahead, around_cache);
     } else {
-      stats = moments<Centred>(cols, p.eps, x, [&](int64_t i, auto n) __attribute__((always_inline)) { return get(x + i, n); });
-      write_row<Centred, X, X, W>(p, x, y, static_cast<X*>(nullptr), stats, around_cache);
+      stats = moments<Centred, Order>(cols, p.eps, read, read);
+      write_row<Centred, X, W>(p, read, y, static_cast<X*>(nullptr), stats, ahead, around_cache);
     }
     if (Centred && p.mean != nullptr) p.mean[row] = stats.mean;
     if (p.rstd != nullptr) p.rstd[row] = stats.rstd;
@@ -126,6 +136,7 @@ void typed_fwd(const NormParams& p) {
   bool around_cache = moved > kNonTemporalBytes && streamable(static_cast<X*>(p.y), p.cols) &&
                       streamable(static_cast<X*>(p.sum), p.cols);
   int64_t per_task = kTaskBytes / row_bytes > 1 ? kTaskBytes / row_bytes : 1;
+  if (int64_t share = p.rows / (16 * p.nthreads); share > per_task) per_task = share;
   int nthreads = p.rows * p.cols < kParallelElements ? 1 : p.nthreads;
   parallel_for(nthreads, (p.rows + per_task - 1) / per_task, [&](int64_t task) {
     int64_t begin = task * per_task, end = begin + per_task < p.rows ? begin + per_task : p.rows;

@@ -1,7 +1,7 @@
 // rope: every pair (a, b) of a head turns by its position's angle: (a cos - b sin, b cos + a sin); elements past
 // rotary_dim are copied. The tables are [rows, rotary_dim / 2] (Su et al., RoFormer, arXiv:2104.09864).
-// A task is a block of positions of one batch entry. Its table rows are widened once into scratch (float32, sign and
-// duplication for the interleaved order folded in) and serve all heads of q and k. Whichever of position and head has the
+// A task is a block of positions of one batch entry. Its table rows are widened once into scratch (float32, in pack order, sign folded
+// in) and serve all heads of q and k. Whichever of position and head has the
 // smaller stride runs innermost, so that memory is streamed whatever the layout.
 // Memory-bound: 2 elements moved per element, 4 operations.
 #include "rope_params.h"
@@ -25,72 +25,63 @@ struct Table {
   const float* sin(int64_t s) const { return data + (2 * s + 1) * width; }
 };
 
-template <class T>
-FASTATTN_INLINE void widen(const T* from, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + VL <= n; i += VL) store(to + i, load(from + i));
-  if (i < n) store_n(to + i, load_n(from + i, n - i), n - i);
-}
-
 FASTATTN_INLINE int64_t position(const RopeParams& p, int64_t b, int64_t s) {
   if (p.positions == nullptr) return s;
   int64_t at = b * p.position_stride[0] + s * p.position_stride[1];
   return p.positions_int64 ? static_cast<const int64_t*>(p.positions)[at] : static_cast<const int32_t*>(p.positions)[at];
 }
 
-template <class C>
+template <class Order, class C>
+FASTATTN_INLINE void widen(const C* from, float sign, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + Order::width <= n; i += Order::width) keep(to + i, fetch(Order{}, from + i, Whole{}) * splat(sign));
+  if (i < n) keep(to + i, fetch(Order{}, from + i, n - i) * splat(sign));
+}
+
+template <class Order, class C>
 void fill_table(const RopeParams& p, const Table& table, int64_t b, int64_t begin, int64_t end) {
   for (int64_t s = begin; s < end; ++s) {
     int64_t row = position(p, b, s);
     float *cos = table.data + 2 * (s - begin) * table.width, *sin = cos + table.width;
-    widen(static_cast<const C*>(p.cos) + b * p.cos_stride[0] + row * p.cos_stride[1], cos, p.half);
-    widen(static_cast<const C*>(p.sin) + b * p.sin_stride[0] + row * p.sin_stride[1], sin, p.half);
-    float sign = p.inverse ? -1.0f : 1.0f;
-    if (!p.interleaved) {
-      if (p.inverse)
-        for (int64_t i = 0; i < p.half; ++i) sin[i] = -sin[i];
-      continue;
-    }
-    for (int64_t i = p.half - 1; i >= 0; --i) {
-      float c = cos[i], t = sin[i] * sign;
-      cos[2 * i] = cos[2 * i + 1] = c;
-      sin[2 * i] = -t;
-      sin[2 * i + 1] = t;
-    }
+    widen<Order>(static_cast<const C*>(p.cos) + b * p.cos_stride[0] + row * p.cos_stride[1], 1.0f, cos, p.half);
+    widen<Order>(static_cast<const C*>(p.sin) + b * p.sin_stride[0] + row * p.sin_stride[1], p.inverse ? -1.0f : 1.0f, sin, p.half);
   }
 }
 
 template <class T>
 FASTATTN_INLINE void rotate_halves(const T* x, T* y, const float* cos, const float* sin, int64_t half, bool around_cache) {
+  typedef typename OrderOf<T>::order Order;
   auto turn = [&](int64_t i, auto n) __attribute__((always_inline)) {
-    vf a = get(x + i, n), b = get(x + half + i, n), c = get(cos + i, n), s = get(sin + i, n);
-    vf first = a * c - b * s, second = b * c + a * s;
-    if (around_cache) {  // only with whole vectors
-      stream(y + i, first);
-      stream(y + half + i, second);
+    auto a = fetch(Order{}, x + i, n), b = fetch(Order{}, x + half + i, n);
+    auto c = take(Order{}, cos + i), s = take(Order{}, sin + i);
+    auto low = a * c - b * s, high = b * c + a * s;
+    if (around_cache) {  // only with whole packs
+      stream(y + i, low);
+      stream(y + half + i, high);
     } else {
-      put(y + i, first, n);
-      put(y + half + i, second, n);
+      emit(y + i, low, n);
+      emit(y + half + i, high, n);
     }
   };
   int64_t i = 0;
-  for (; i + VL <= half; i += VL) turn(i, Whole{});
+  for (; i + Order::width <= half; i += Order::width) turn(i, Whole{});
   if (i < half) turn(i, half - i);
 }
 
 template <class T>
-FASTATTN_INLINE void rotate_neighbours(const T* x, T* y, const float* cos, const float* sin, int64_t width, bool around_cache) {
+FASTATTN_INLINE void rotate_neighbours(const T* x, T* y, const float* cos, const float* sin, int64_t half, bool around_cache) {
   auto turn = [&](int64_t i, auto n) __attribute__((always_inline)) {
-    vf a = get(x + i, n), neighbour = __builtin_shuffle(a, iota() ^ 1);
-    vf out = a * get(cos + i, n) + neighbour * get(sin + i, n);
+    pair v = fetch(Paired{}, x + 2 * i, n);
+    vf c = load(cos + i), s = load(sin + i);
+    pair out = {v.even * c - v.odd * s, v.odd * c + v.even * s};
     if (around_cache)
-      stream(y + i, out);
+      stream(y + 2 * i, out);
     else
-      put(y + i, out, n);
+      emit(y + 2 * i, out, n);
   };
   int64_t i = 0;
-  for (; i + VL <= width; i += VL) turn(i, Whole{});
-  if (i < width) turn(i, width - i);
+  for (; i + VL <= half; i += VL) turn(i, Whole{});
+  if (i < half) turn(i, 2 * (half - i));
 }
 
 template <class T>
@@ -100,7 +91,7 @@ void rotate_block(const RopeParams& p, const RopeTensor& t, const Table& table, 
     T* y = static_cast<T*>(t.y) + b * t.y_stride[0] + s * t.y_stride[1] + h * t.y_stride[2];
     const float *cos = table.cos(s - begin), *sin = table.sin(s - begin);
     if (p.interleaved)
-      rotate_neighbours(x, y, cos, sin, 2 * p.half, around_cache);
+      rotate_neighbours(x, y, cos, sin, p.half, around_cache);
     else
       rotate_halves(x, y, cos, sin, p.half, around_cache);
     if (int64_t rest = t.headdim - 2 * p.half; rest > 0) __builtin_memcpy(y + 2 * p.half, x + 2 * p.half, rest * sizeof(T));
@@ -117,10 +108,11 @@ void rotate_block(const RopeParams& p, const RopeTensor& t, const Table& table, 
 template <class T>
 bool can_stream(const RopeParams& p) {
   int64_t elements = 0;
-  bool aligned = p.half % VL == 0;
+  bool aligned = true;
   for (const RopeTensor& t : p.tensor) {
     if (t.x == nullptr) continue;
     elements += p.batch * p.seqlen * t.nheads * t.headdim;
+    aligned = aligned && streamable(static_cast<T*>(t.y), p.half);
     for (int d = 0; d < 3; ++d) aligned = aligned && streamable(static_cast<T*>(t.y), t.y_stride[d]);
   }
   return aligned && 2 * elements * static_cast<int64_t>(sizeof(T)) > kNonTemporalBytes;
@@ -128,20 +120,23 @@ bool can_stream(const RopeParams& p) {
 
 template <class T>
 void typed_rope(const RopeParams& p) {
+  typedef typename OrderOf<T>::order Order;
   const RopeTensor &first = p.tensor[0], &second = p.tensor[1];
   bool around_cache = can_stream<T>(p);
   int64_t per_task = first.x_stride[1] >= first.x_stride[2] ? kBlockSeqMajor : kBlockHeadMajor;
+  if (per_task > p.seqlen) per_task = p.seqlen;
   int64_t blocks = (p.seqlen + per_task - 1) / per_task;
   int64_t elements = p.batch * p.seqlen * (first.nheads * first.headdim + second.nheads * second.headdim);
-  int64_t width = (p.interleaved ? 2 : 1) * p.half;
+  int64_t width = (p.half + 2 * VL - 1) / (2 * VL) * (2 * VL);
   parallel_for(elements < kParallelElements ? 1 : p.nthreads, p.batch * blocks, [&](int64_t task) {
     int64_t b = task / blocks, begin = task % blocks * per_task;
     int64_t end = begin + per_task < p.seqlen ? begin + per_task : p.seqlen;
     Table table{static_cast<float*>(thread_scratch(2 * per_task * width * 4)), width};
-    if (p.table_dtype == 0)
-      fill_table<float>(p, table, b, begin, end);
+    // Neighbours come apart in straight order, whatever the type.
+    if (p.interleaved)
+      p.table_dtype == 0 ? fill_table<Straight, float>(p, table, b, begin, end) : fill_table<Straight, T>(p, table, b, begin, end);
     else
-      fill_table<T>(p, table, b, begin, end);
+      p.table_dtype == 0 ? fill_table<Order, float>(p, table, b, begin, end) : fill_table<Order, T>(p, table, b, begin, end);
     for (const RopeTensor& t : p.tensor)
       if (t.x != nullptr) rotate_block<T>(p, t, table, b, begin, end, around_cache);
     if (around_cache) stream_fence();

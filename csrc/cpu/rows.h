@@ -1,5 +1,8 @@
-// What the memory-bound kernels share: loads and stores of a whole or partial vector under one name, non-temporal
-// stores, rounding to the element type, the address of a row.
+// What the memory-bound kernels share: packs of elements, stores around the cache, the address of a row.
+//
+// A pack is what one load brings in. For float32 and float16 that is VL elements, one vector. For bfloat16 it is 2 VL
+// elements as two vectors, the even and the odd ones: a shift and a mask widen them, a shift and an or narrow them, several
+// times cheaper than converting neighbours. float32 tables that meet bfloat16 rows are read in the same order.
 #pragma once
 #include "norm_params.h"
 #include "simd.h"
@@ -13,50 +16,165 @@ constexpr int64_t kNonTemporalBytes = 24 << 20;
 // Below this many elements a parallel region costs more than it saves.
 constexpr int64_t kParallelElements = 32 << 10;
 
-struct Whole {};  // in place of a count: all VL lanes
+struct Whole {};  // in place of a count: all lanes
 
+// ---- the two orders
+struct Straight {
+  typedef vf pack;
+  static constexpr int64_t width = VL;
+};
+struct pair {
+  vf even, odd;
+};
+struct Paired {
+  typedef pair pack;
+  static constexpr int64_t width = 2 * VL;
+};
 template <class T>
-FASTATTN_INLINE vf get(const T* p, Whole) { return load(p); }
-template <class T>
-FASTATTN_INLINE vf get(const T* p, int64_t n) { return load_n(p, n); }
-template <class T>
-FASTATTN_INLINE void put(T* p, vf x, Whole) { store(p, x); }
-template <class T>
-FASTATTN_INLINE void put(T* p, vf x, int64_t n) { store_n(p, x, n); }
-// Lanes past n become 0, so that they do not count in a sum.
-FASTATTN_INLINE vf keep(vf x, Whole) { return x; }
-FASTATTN_INLINE vf keep(vf x, int64_t n) { return select((vi)(iota() < splat_i((int32_t)n)), x, zero()); }
+struct OrderOf {
+  typedef Straight order;
+};
+template <>
+struct OrderOf<bf16> {
+  typedef Paired order;
+};
 
+FASTATTN_INLINE pair operator+(pair a, pair b) { return {a.even + b.even, a.odd + b.odd}; }
+FASTATTN_INLINE pair operator-(pair a, pair b) { return {a.even - b.even, a.odd - b.odd}; }
+FASTATTN_INLINE pair operator*(pair a, pair b) { return {a.even * b.even, a.odd * b.odd}; }
+FASTATTN_INLINE pair operator+(pair a, vf b) { return {a.even + b, a.odd + b}; }
+FASTATTN_INLINE pair operator-(pair a, vf b) { return {a.even - b, a.odd - b}; }
+FASTATTN_INLINE pair operator*(pair a, vf b) { return {a.even * b, a.odd * b}; }
+FASTATTN_INLINE pair& operator+=(pair& a, pair b) { return a = a + b; }
+FASTATTN_INLINE float reduce_add(pair a) { return reduce_add(a.even + a.odd); }
+FASTATTN_INLINE vf splat_pack(Straight, float s) { return splat(s); }
+FASTATTN_INLINE pair splat_pack(Paired, float s) { return {splat(s), splat(s)}; }
+
+// ---- rounding to the element type
+#if VB == 64
+FASTATTN_INLINE vi round_bf16_bits(vf x) {
+  __m512i b = (__m512i)x;
+  __m512i r = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1)));
+  return (vi)_mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+#else
+FASTATTN_INLINE vi round_bf16_bits(vf x) {
+  vi b = as_int(x), r = (vi)((vu)b + 0x7fffu + (((vu)b >> 16) & 1u)), nan = (vi)(x != x);
+  return (nan & splat_i(0x7fc00000)) | (~nan & r);
+}
+#endif
+FASTATTN_INLINE vf round_bf16(vf x) { return as_float(round_bf16_bits(x) & splat_i((int32_t)0xffff0000)); }
 // x rounded to the element type that the pointer names.
 FASTATTN_INLINE vf rounded(vf x, const float*) { return x; }
-FASTATTN_INLINE vf rounded(vf x, const bf16*) { return widen_bf16(narrow_bf16(x)); }
 FASTATTN_INLINE vf rounded(vf x, const f16*) { return widen_f16(narrow_f16(x)); }
+FASTATTN_INLINE pair rounded(pair x, const bf16*) { return {round_bf16(x.even), round_bf16(x.odd)}; }
 
-// Stores of VL elements to an address aligned to them, past the cache where the instruction set can.
-#if defined(__x86_64__)
-#if VB == 64
-FASTATTN_INLINE void stream(float* p, vf x) { _mm512_stream_ps(p, (__m512)x); }
-FASTATTN_INLINE void stream_bits(void* p, vh h) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)h); }
-#elif VB == 32
-FASTATTN_INLINE void stream(float* p, vf x) { _mm256_stream_ps(p, (__m256)x); }
-FASTATTN_INLINE void stream_bits(void* p, vh h) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)h); }
-#else
-FASTATTN_INLINE void stream(float* p, vf x) { _mm_stream_ps(p, (__m128)x); }
-FASTATTN_INLINE void stream_bits(void* p, vh h) { _mm_stream_si64(static_cast<long long*>(p), (long long)h); }
-#endif
-FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
-#else
-FASTATTN_INLINE void stream(float* p, vf x) { store(p, x); }
-FASTATTN_INLINE void stream_bits(void* p, vh h) { __builtin_memcpy(p, &h, sizeof h); }
-FASTATTN_INLINE void stream_fence() {}
-#endif
-FASTATTN_INLINE void stream(bf16* p, vf x) { stream_bits(p, narrow_bf16(x)); }
-FASTATTN_INLINE void stream(f16* p, vf x) { stream_bits(p, narrow_f16(x)); }
+// ---- fetch: a pack of elements, or its first n with 0 beyond
+FASTATTN_INLINE vf evens(vf a, vf b) { return __builtin_shuffle(a, b, iota() * 2); }
+FASTATTN_INLINE vf odds(vf a, vf b) { return __builtin_shuffle(a, b, iota() * 2 + 1); }
+FASTATTN_INLINE pair split(vi bits) { return {as_float(bits << 16), as_float(bits & splat_i((int32_t)0xffff0000))}; }
 
 template <class T>
-FASTATTN_INLINE bool streamable(const T* p, int64_t row_elements) {
-  return reinterpret_cast<uintptr_t>(p) % (VL * sizeof(T)) == 0 && row_elements % VL == 0;
+FASTATTN_INLINE vf fetch(Straight, const T* p, Whole) { return load(p); }
+template <class T>
+FASTATTN_INLINE vf fetch(Straight, const T* p, int64_t n) { return load_n(p, n); }
+FASTATTN_INLINE pair fetch(Paired, const bf16* p, Whole) { return split(load_i(p)); }
+FASTATTN_INLINE pair fetch(Paired, const bf16* p, int64_t n) {
+  vi bits = splat_i(0);
+  __builtin_memcpy(&bits, p, n * 2);
+  return split(bits);
 }
+template <class T>  // float or f16
+FASTATTN_INLINE pair fetch(Paired, const T* p, Whole) {
+  vf a = load(p), b = load(p + VL);
+  return {evens(a, b), odds(a, b)};
+}
+template <class T>
+FASTATTN_INLINE pair fetch(Paired, const T* p, int64_t n) {
+  vf a = load_n(p, n < VL ? n : VL), b = n > VL ? load_n(p + VL, n - VL) : zero();
+  return {evens(a, b), odds(a, b)};
+}
+
+// ---- emit: the inverse. `stream` writes a whole pack past the cache where the instruction set can, to an aligned address.
+FASTATTN_INLINE vf lower_half(pair x) {
+  return __builtin_shuffle(x.even, x.odd, (iota() >> 1) + (iota() & 1) * VL);
+}
+FASTATTN_INLINE vf upper_half(pair x) {
+  return __builtin_shuffle(x.even, x.odd, (iota() >> 1) + (iota() & 1) * VL + VL / 2);
+}
+FASTATTN_INLINE vi join(pair x) {
+  return (vi)((vu)round_bf16_bits(x.even) >> 16) | (round_bf16_bits(x.odd) & splat_i((int32_t)0xffff0000));
+}
+
+template <class T>
+FASTATTN_INLINE void emit(T* p, vf x, Whole) { store(p, x); }
+template <class T>
+FASTATTN_INLINE void emit(T* p, vf x, int64_t n) { store_n(p, x, n); }
+FASTATTN_INLINE void emit(bf16* p, pair x, Whole) { store_i(p, join(x)); }
+FASTATTN_INLINE void emit(bf16* p, pair x, int64_t n) {
+  vi bits = join(x);
+  __builtin_memcpy(p, &bits, n * 2);
+}
+template <class T>  // float or f16
+FASTATTN_INLINE void emit(T* p, pair x, Whole) {
+  store(p, lower_half(x));
+  store(p + VL, upper_half(x));
+}
+template <class T>
+FASTATTN_INLINE void emit(T* p, pair x, int64_t n) {
+  store_n(p, lower_half(x), n < VL ? n : VL);
+  if (n > VL) store_n(p + VL, upper_half(x), n - VL);
+}
+
+#if defined(__x86_64__)
+#if VB == 64
+FASTATTN_INLINE void stream_bits(void* p, vi x) { _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)x); }
+FASTATTN_INLINE void stream_bits(void* p, vh x) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x); }
+#elif VB == 32
+FASTATTN_INLINE void stream_bits(void* p, vi x) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x); }
+FASTATTN_INLINE void stream_bits(void* p, vh x) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x); }
+#else
+FASTATTN_INLINE void stream_bits(void* p, vi x) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x); }
+FASTATTN_INLINE void stream_bits(void* p, vh x) { _mm_stream_si64(static_cast<long long*>(p), (long long)x); }
+#endif
+FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
+FASTATTN_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+#else
+template <class V>
+FASTATTN_INLINE void stream_bits(void* p, V x) { __builtin_memcpy(p, &x, sizeof x); }
+FASTATTN_INLINE void stream_fence() {}
+FASTATTN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+#endif
+FASTATTN_INLINE void stream(float* p, vf x) { stream_bits(p, as_int(x)); }
+FASTATTN_INLINE void stream(f16* p, vf x) { stream_bits(p, narrow_f16(x)); }
+FASTATTN_INLINE void stream(bf16* p, pair x) { stream_bits(p, join(x)); }
+template <class T>  // float or f16
+FASTATTN_INLINE void stream(T* p, pair x) {
+  stream(p, lower_half(x));
+  stream(p + VL, upper_half(x));
+}
+
+// May every row of `row_elements` at p be streamed in whole packs?
+template <class T>
+FASTATTN_INLINE bool streamable(const T* p, int64_t row_elements) {
+  constexpr int64_t width = OrderOf<T>::order::width;
+  return reinterpret_cast<uintptr_t>(p) % (width * sizeof(T)) == 0 && row_elements % width == 0;
+}
+
+// ---- float32 scratch in pack order, padded to whole packs
+FASTATTN_INLINE vf take(Straight, const float* p) { return load(p); }
+FASTATTN_INLINE pair take(Paired, const float* p) { return {load(p), load(p + VL)}; }
+FASTATTN_INLINE void keep(float* p, vf x) { store(p, x); }
+FASTATTN_INLINE void keep(float* p, pair x) {
+  store(p, x.even);
+  store(p + VL, x.odd);
+}
+
+// Lanes past n become 0, so that they do not count in a sum.
+FASTATTN_INLINE vf first(vf x, int64_t n) { return select((vi)(iota() < splat_i((int32_t)n)), x, zero()); }
+FASTATTN_INLINE pair first(pair x, int64_t n) { return {first(x.even, (n + 1) / 2), first(x.odd, n / 2)}; }
+template <class P>
+FASTATTN_INLINE P first(P x, Whole) { return x; }
 
 template <class T>
 FASTATTN_INLINE const T* row_of(const Rows& rows, int64_t row) {

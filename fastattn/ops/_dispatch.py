@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from fastattn.runtime import env
 
 
@@ -74,7 +76,12 @@ def explaining() -> bool:
 
 
 def forced_backend(backend: str | None) -> str | None:
-    """The backend a call is forced to: its own argument, else `use_backend`, else FASTATTN_BACKEND, else None."""
+    """The backend a call is forced to: its own argument, else `use_backend`, else FASTATTN_BACKEND, else None.
+
+    A trace cannot read the scope of `use_backend`; `choose` reads it when the compiled code runs.
+    """
+    if torch.compiler.is_compiling():
+        return backend or env.BACKEND
     return backend or _scoped_backend.get() or env.BACKEND
 
 
@@ -95,6 +102,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def choose(op: str, backends: Sequence[Backend], spec: Any, forced: str | None) -> Backend:
     """The first backend without objections, or the forced one. Raises UnsupportedError with everybody's reasons."""
+    forced = forced or _scoped_backend.get()
     if _explaining.get():
         raise _Explained(_explanation(op, backends, spec, forced))
     if forced is None:

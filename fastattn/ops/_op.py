@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -56,7 +57,7 @@ class Op:
         self._function = None if backward is None else _make_function(self.name, forward, save, backward)
         torch.library.register_vmap(qualified, _vmap_by_loop(self), lib=_library)
         if flops is not None:
-            torch.utils.flop_counter.register_flop_formula(self.overload)(flops)
+            register_flop_formula(self.overload.overloadpacket)(flops)
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _dispatch_modes() or _functorch_active():

@@ -64,8 +64,9 @@ def check_kvcache(
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _check_rows(name, t, q)
         if t.dim() != 4:
-            layout = "[batch, seqlen, nheads, headdim]" if name == "q" or block_table is None else "paged, as below"
-            fail(OP, name, layout.replace("paged, as below", "[num_blocks, block_size, nheads_k, headdim]"), tuple(t.shape))
+            paged = name != "q" and block_table is not None
+            layout = "[num_blocks, block_size, nheads_k, headdim]" if paged else "[batch, seqlen, nheads, headdim]"
+            fail(OP, name, layout, f"shape {tuple(t.shape)}")
     floating(OP, "q", q)
     batch, seqlen_q, nheads, headdim = q.shape
     blocks, slots, nheads_k, _ = k_cache.shape
@@ -84,7 +85,7 @@ def check_kvcache(
         fail(OP, "k_cache", f"of the batch size of q ({batch})", blocks)
     seqlen_new = _check_new(k, v, batch, nheads_k, headdim, headdim_v, q)
     _check_seqlens(cache_seqlens, batch, seqlen_new, capacity, q.device)
-    rotary_dim = _check_rope(cos, sin, k, cache_seqlens, max(seqlen_q, seqlen_new) if k is not None else seqlen_q, q)
+    rotary_dim = _check_rope(cos, sin, k, cache_seqlens, q)
     if scale is None:
         scale = headdim**-0.5
     else:
@@ -161,9 +162,7 @@ def _check_seqlens(cache_seqlens: Tensor, batch: int, seqlen_new: int, capacity:
             fail(OP, "cache_seqlens", room, max(values))
 
 
-def _check_rope(
-    cos: Tensor | None, sin: Tensor | None, k: Tensor | None, cache_seqlens: Tensor, rows: int, q: Tensor
-) -> int | None:
+def _check_rope(cos: Tensor | None, sin: Tensor | None, k: Tensor | None, cache_seqlens: Tensor, q: Tensor) -> int | None:
     """The rotary dimension, None without RoPE."""
     if cos is None and sin is None:
         return None
@@ -171,6 +170,8 @@ def _check_rope(
         fail(OP, "cos" if cos is None else "sin", f"given together with {'sin' if cos is None else 'cos'}", None)
     if k is None:
         fail(OP, "k", "given with cos and sin (the keys in the cache are rotated already)", None)
+    if k.shape[1] != q.shape[1]:
+        fail(OP, "k", f"of the seqlen of q ({q.shape[1]}), which shares its positions when cos is given", k.shape[1])
     for name, table in (("cos", cos), ("sin", sin)):
         is_tensor(OP, name, table)
         same_device(OP, name, table, "q", q.device)
@@ -182,7 +183,7 @@ def _check_rope(
     if not 0 < 2 * cos.shape[1] <= q.shape[3]:
         fail(OP, "cos", f"[seqlen, rotary_dim / 2] with rotary_dim at most the headdim of q ({q.shape[3]})", tuple(cos.shape))
     if has_data(cache_seqlens) and cache_seqlens.numel() > 0:
-        last = int(cache_seqlens.max()) + rows
+        last = int(cache_seqlens.max()) + q.shape[1]
         if last > cos.shape[0]:
             fail(OP, "cos", f"a table of at least {last} positions (cache_seqlens + the new ones)", cos.shape[0])
     return 2 * cos.shape[1]

@@ -218,6 +218,7 @@ def check_sinks(op: str, sinks: Tensor, nheads: int, device: torch.device, dtype
     if sinks.dtype not in (dtype, torch.float32):
         fail(op, "sinks", f"float32 or of the dtype of q ({dtype})", sinks.dtype)
     shape(op, "sinks", sinks, (nheads,), "[nheads]")
+    unit_last_stride(op, "sinks", sinks)
 
 
 def has_data(t: Tensor) -> bool:

@@ -1,0 +1,153 @@
+"""Interleaved timing on a machine that other people also use.
+
+A busy neighbour halves a virtual machine for minutes while `steal` stays 0, so two programs timed one after the other
+compare the neighbours. Here all contenders of a case run in one process, round by round in shuffled order, and a short
+burst of multiply-adds (the canary) before and after each sample tells whether the machine was ours: a sample counts only
+if both bursts reached `QUIET` of the best burst seen. The medians of the samples that count are what we print.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+QUIET = 0.88  # of the best canary; a shared core shows as about 0.5, clock noise as 0.95
+SAMPLE_S = 1e-3  # a sample repeats short calls until it is this long
+WARM_S = 4e-3  # after a pause: longer than a worker of the previous contender spins for work
+ENOUGH = 9  # quiet samples per contender that end a case early
+
+Clock = Callable[[], float]
+
+
+class Canary:
+    """`probe()` returns a rate; `quiet(before, after)` judges a sample against the best rate seen so far."""
+
+    def __init__(self, probe: Callable[[], float] | None) -> None:
+        self._probe = probe
+        self.best = 0.0
+
+    @classmethod
+    def of_machine(cls, num_threads: int) -> Canary:
+        """2 ms of fp32 multiply-adds on every thread; without the native module every sample counts."""
+        from fastattn.runtime import native
+
+        if native.error() is not None:
+            return cls(None)
+        peak = native.module().fma_peak
+        return cls(lambda: peak("fp32", 2e-3, num_threads))
+
+    @property
+    def present(self) -> bool:
+        return self._probe is not None
+
+    def sing(self) -> float:
+        if self._probe is None:
+            return 0.0
+        rate = self._probe()
+        self.best = max(self.best, rate)
+        return rate
+
+    def quiet(self, before: float, after: float) -> bool:
+        return min(before, after) >= QUIET * self.best
+
+
+@dataclass
+class Samples:
+    """Seconds per call, each with the canaries around it: the best canary may come later and unmask an early sample."""
+
+    seconds: list[float] = field(default_factory=list)
+    canaries: list[tuple[float, float]] = field(default_factory=list)
+
+    def quiet(self, canary: Canary) -> list[float]:
+        return [s for s, (a, b) in zip(self.seconds, self.canaries, strict=True) if canary.quiet(a, b)]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and 20 % / 80 % quantiles in seconds per call. `noisy`: fewer than three samples were quiet, so all count."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+    quiet: int
+    noisy: bool
+
+
+def summarise(samples: Samples, canary: Canary) -> Timing:
+    quiet = samples.quiet(canary)
+    noisy = len(quiet) < 3
+    used = sorted(samples.seconds if noisy else quiet)
+    return Timing(
+        statistics.median(used),
+        used[int(0.2 * (len(used) - 1))],
+        used[-1 - int(0.2 * (len(used) - 1))],
+        len(samples.seconds),
+        len(quiet),
+        noisy,
+    )
+
+
+def measure(
+    calls: dict[str, Callable[[], object]],
+    canary: Canary,
+    *,
+    budget_s: float,
+    clock: Clock = time.perf_counter,
+    shuffle: Callable[[list[str]], None] | None = None,
+) -> dict[str, Timing]:
+    """Time every call of one case, interleaved, until each has `ENOUGH` quiet samples or the budget is spent.
+
+    Every contender gets at least three samples, whatever the budget: a median of one is a rumour.
+    """
+    if not calls:
+        return {}
+    mix = shuffle or random.Random(0).shuffle
+    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
+    samples = {name: Samples() for name in calls}
+    end = clock() + budget_s
+    rounds = 0
+    while rounds < 3 or clock() < end:
+        order: list[str] = list(calls)
+        mix(order)
+        for name in order:
+            _sample(calls[name], repeats[name], samples[name], canary, clock)
+        rounds += 1
+        if all(len(s.quiet(canary)) >= ENOUGH for s in samples.values()):
+            break
+    return {name: summarise(s, canary) for name, s in samples.items()}
+
+
+def _repeats(call: Callable[[], object], clock: Clock) -> int:
+    """How many calls make one sample: the second of two warm-up calls says."""
+    call()
+    start = clock()
+    call()
+    return max(1, min(100_000, round(SAMPLE_S / max(clock() - start, 1e-7))))
+
+
+def _sample(call: Callable[[], object], repeats: int, samples: Samples, canary: Canary, clock: Clock) -> None:
+    before = canary.sing()
+    start = clock()
+    if repeats > 1 or not samples.seconds or samples.seconds[-1] < 10 * WARM_S:
+        while True:
+            call()
+            if clock() - start >= WARM_S:
+                break
+    start = clock()
+    for _ in range(repeats):
+        call()
+    samples.seconds.append((clock() - start) / repeats)
+    samples.canaries.append((before, canary.sing()))
+
+
+def ratio(rival: Timing, ours: Timing) -> float:
+    """How many times faster ours is; above 1 we win."""
+    return rival.median / ours.median
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return statistics.geometric_mean(values)

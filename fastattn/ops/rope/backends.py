@@ -1,0 +1,9 @@
+"""Who computes rope, best first. The reference takes every valid call."""
+
+from fastattn.ops._dispatch import Backend
+from fastattn.ops.rope.spec import cpu_objections
+
+BACKENDS = (
+    Backend("cpu", "fastattn.ops.rope._cpu", cpu_objections),
+    Backend("reference", "fastattn.ops.rope.reference", lambda spec: []),
+)

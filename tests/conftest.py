@@ -1,0 +1,53 @@
+"""What every test runs under: NaN-poisoned torch.empty, a fixed seed, and the thread count put back afterwards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fastattn import UnsupportedError
+
+
+def _poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(create)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        t = create(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() and not t.requires_grad else t
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever forgets to write an element of its output gives NaN, not yesterday's right answer."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def threads_restored() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def forced(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """`function` on that backend; the test is skipped with the objection when it does not take the call."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, backend=backend, **kwargs)
+        except UnsupportedError as refusal:
+            pytest.skip(str(refusal))
+
+    return call
