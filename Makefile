@@ -1,0 +1,70 @@
+# Every target sets up what it needs; `make test` and `make demo` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test test-quick lint format bench sanitize docs wheel clean
+
+test: $(VENV)/test
+	$(BIN)/pytest
+
+test-quick: $(VENV)/test
+	$(BIN)/pytest -m "not slow"
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/minilm_demo.py
+
+bench: $(VENV)/bench
+	$(BIN)/fastattn bench
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+# The C++ under AddressSanitizer and UndefinedBehaviourSanitizer; `make sanitize SANITIZE_TESTS=tests` runs everything.
+SANITIZE_TESTS ?= tests/test_native_memory.py
+sanitize: $(VENV)/test
+	$(BIN)/python tests/sanitize.py $(SANITIZE_TESTS)
+
+docs: $(VENV)/native
+	$(BIN)/fastattn doctor --matrix > docs/support-matrix.md
+
+wheel: $(VENV)/lint
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf build dist *.egg-info fastattn/_native*.so
+
+# ---- the virtual environment: a stamp per set of extras, exact versions from constraints.txt
+$(VENV)/base: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools pybind11
+	touch $@
+
+$(VENV)/native: $(VENV)/base $(SOURCES)
+	FASTATTN_REQUIRE_NATIVE=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+$(VENV)/test: $(VENV)/native
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/native
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	touch $@
+
+$(VENV)/demo: $(VENV)/native
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo]'
+	touch $@
+
+$(VENV)/lint: $(VENV)/native
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
