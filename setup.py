@@ -18,7 +18,8 @@ V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vect
 ISAS = {"baseline": []}
 if X86:
     ISAS |= {"avx2": V3, "avx512": V4, "avx512_bf16": [*V4, "-mavx512bf16"]}
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+SANITIZE = os.environ.get("FASTATTN_SANITIZE", "").split()  # e.g. "-fsanitize=address,undefined -O1 -g1"
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", *SANITIZE]
 
 
 class BuildNative(build_ext):
@@ -37,7 +38,7 @@ class BuildNative(build_ext):
             objects = list(pool.map(self.compile_one, jobs))
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, target, libraries=["dl"], target_lang="c++")
+        self.compiler.link_shared_object(objects, target, libraries=["dl"], target_lang="c++", extra_postargs=SANITIZE)
 
     def compile_one(self, job):
         source, flags, macros, folder = job

@@ -126,7 +126,7 @@ def test_gradients(option: str, extra: str) -> None:
         o, lse = reference.attention(**dict(zip(leaves, tensors, strict=True)), **options, return_lse=True)
         return o, lse.where(lse.isfinite(), 0)  # finite differences of -inf are no numbers
 
-    assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
 
     spec, tensors = _spec_and_tensors(leaves, options, CU=None)
     o, lse = reference.attend(spec, *tensors, philox)

@@ -23,21 +23,25 @@ struct Plan {
   int64_t batch_tasks, head_tasks, chunks, chunk_keys;
 };
 
+// Rows of dq over all sequences: the partial sums of chunks are stored by it.
+FASTATTN_INLINE int64_t query_rows(const AttentionParams& p) { return p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.seqlen_q; }
+
 Plan make_plan(const AttentionBwdParams& p) {
   Plan plan;
   bool merge_batch = p.dbias != nullptr && p.dbias_stride[0] == 0, merge_heads = p.dbias != nullptr && p.dbias_stride[1] == 0;
   plan.batch_tasks = merge_batch ? 1 : p.batch;
   plan.head_tasks = merge_heads ? 1 : p.nheads_k;
   int64_t tasks = plan.batch_tasks * plan.head_tasks, most = max64(1, p.seqlen_k / 512);
+  // Each chunk has its own partial sum of dq: not more of them than half a gigabyte holds.
+  constexpr int64_t kPartialFloats = 128 << 20;
+  most = min64(most, kPartialFloats / max64(1, p.nheads * query_rows(p) * p.headdim));
   bool keys_summed = p.dbias != nullptr && p.dbias_stride[3] == 0;
-  plan.chunks = tasks >= 16 || keys_summed ? 1 : min64(most, (16 + tasks - 1) / tasks);
+  plan.chunks = tasks >= 16 || keys_summed ? 1 : max64(1, min64(most, (16 + tasks - 1) / tasks));
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, kBlockN);
   plan.chunks = max64(1, (p.seqlen_k + plan.chunk_keys - 1) / max64(1, plan.chunk_keys));
   return plan;
 }
 
-// Rows of dq over all sequences: the partial sums of chunks are stored by it.
-FASTATTN_INLINE int64_t query_rows(const AttentionParams& p) { return p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.seqlen_q; }
 FASTATTN_INLINE int64_t query_row(const AttentionParams& p, const Head& s, int64_t m) {
   return (p.cu_seqlens_q ? s.q_start : s.b * p.seqlen_q) + m;
 }

@@ -54,26 +54,42 @@ FASTATTN_INLINE void row_sums(int64_t cols, const X* x, const X* dy, const float
   }
 }
 
+// A tensor's R rows from `row` on; they lie one stride apart, which keeps addresses in few registers.
+template <class X>
+struct Group {
+  const X* data = nullptr;
+  int64_t stride = 0;
+  __attribute__((always_inline)) const X* row(int r) const { return data + r * stride; }
+};
+
+template <class X>
+FASTATTN_INLINE Group<X> group_of(const Rows& rows, int64_t row, int count) {
+  if (rows.data == nullptr) return {};
+  const X* data = row_of<X>(rows, row);
+  return {data, count > 1 ? row_of<X>(rows, row + 1) - data : 0};
+}
+
+// Do rows row .. row + kGroup - 1 lie one stride apart?
+template <class X>
+FASTATTN_INLINE bool regular(const Rows& rows, int64_t row) {
+  if (rows.data == nullptr || rows.ndim <= 1) return true;
+  int64_t inner = rows.shape[rows.ndim - 1];
+  return row / inner == (row + kGroup - 1) / inner;
+}
+
 template <bool Centred, class X, int R>
 FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float* weight, float* dweight, float* dbias, bool around_cache) {
   typedef typename OrderOf<X>::order Order;
   typedef typename Order::pack pack;
-  const X *x[R], *dy[R], *dsum[R], *x_ahead[R], *dy_ahead[R];
-  X* dx[R];
-  vf mean[R], rstd[R], g_mean[R], gx_mean[R];
+  const Group<X> x = group_of<X>(p.x, row, R), dy = group_of<X>(p.dy, row, R), dsum = group_of<X>(p.dsum, row, R);
   int64_t cols = p.cols;
-  bool adds = p.dsum.data != nullptr;
+  X* dx = static_cast<X*>(p.dx) + row * cols;
+  vf mean[R], rstd[R], g_mean[R], gx_mean[R];
+  bool adds = dsum.data != nullptr;
   for (int r = 0; r < R; ++r) {
-    x[r] = row_of<X>(p.x, row + r);
-    dy[r] = row_of<X>(p.dy, row + r);
-    dsum[r] = adds ? row_of<X>(p.dsum, row + r) : nullptr;
-    dx[r] = static_cast<X*>(p.dx) + (row + r) * cols;
-    int64_t next = row + R + r < p.rows ? row + R + r : row + r;
-    x_ahead[r] = row_of<X>(p.x, next);
-    dy_ahead[r] = row_of<X>(p.dy, next);
     float m = Centred ? p.mean[row + r] : 0.0f, s = p.rstd[row + r];
     double g_sum, gx_sum;
-    row_sums<Centred>(cols, x[r], dy[r], weight, m, &g_sum, &gx_sum);
+    row_sums<Centred>(cols, x.row(r), dy.row(r), weight, m, &g_sum, &gx_sum);
     mean[r] = splat(m);
     rstd[r] = splat(s);
     g_mean[r] = splat(static_cast<float>(g_sum / static_cast<double>(cols)));
@@ -83,20 +99,22 @@ FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float*
     pack w = take(Order{}, weight + i), dw = splat_pack(Order{}, 0.0f), db = dw;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      prefetch(x_ahead[r] + i);
-      prefetch(dy_ahead[r] + i);
-      pack d = fetch(Order{}, dy[r] + i, n), h = fetch(Order{}, x[r] + i, n);
+      pack d = fetch(Order{}, dy.row(r) + i, n), h = fetch(Order{}, x.row(r) + i, n);
+      if constexpr (R > 1) {  // the next group, while this one is computed
+        prefetch(x.row(r + R) + i);
+        prefetch(dy.row(r + R) + i);
+      }
       h = (Centred ? h - mean[r] : h) * rstd[r];
       dw += d * h;
       db += d;
       pack g = d * w;
       if constexpr (Centred) g = g - g_mean[r];
       pack out = (g - h * gx_mean[r]) * rstd[r];
-      if (adds) out += fetch(Order{}, dsum[r] + i, n);
+      if (adds) out += fetch(Order{}, dsum.row(r) + i, n);
       if (around_cache)
-        stream(dx[r] + i, out);  // only with whole packs
+        stream(dx + r * cols + i, out);  // only with whole packs
       else
-        emit(dx[r] + i, out, n);
+        emit(dx + r * cols + i, out, n);
     }
     if (dweight != nullptr) keep(dweight + i, take(Order{}, dweight + i) + dw);
     if (dbias != nullptr) keep(dbias + i, take(Order{}, dbias + i) + db);
@@ -115,8 +133,14 @@ void block_bwd(const NormBwdParams& p, const Workspace& work, int64_t block, int
     if (dbias != nullptr) dbias[i] = 0;
   }
   int64_t row = begin;
-  for (; row + kGroup <= end; row += kGroup) group_bwd<Centred, X, kGroup>(p, row, work.weight, dweight, dbias, around_cache);
-  for (; row < end; ++row) group_bwd<Centred, X, 1>(p, row, work.weight, dweight, dbias, around_cache);
+  while (row < end) {
+    bool whole = row + kGroup <= end && regular<X>(p.x, row) && regular<X>(p.dy, row) && regular<X>(p.dsum, row);
+    if (whole)
+      group_bwd<Centred, X, kGroup>(p, row, work.weight, dweight, dbias, around_cache);
+    else
+      group_bwd<Centred, X, 1>(p, row, work.weight, dweight, dbias, around_cache);
+    row += whole ? kGroup : 1;
+  }
   if (around_cache) stream_fence();
 }
 

@@ -63,16 +63,36 @@ FASTATTN_INLINE vi round_bf16_bits(vf x) {
   return (nan & splat_i(0x7fc00000)) | (~nan & r);
 }
 #endif
-FASTATTN_INLINE vf round_bf16(vf x) { return as_float(round_bf16_bits(x) & splat_i((int32_t)0xffff0000)); }
+FASTATTN_INLINE pair split(vi bits) { return {as_float(bits << 16), as_float(bits & splat_i((int32_t)0xffff0000))}; }
+// A pair of values that are bfloat16 already.
+FASTATTN_INLINE vi join_exact(pair x) { return (vi)((vu)as_int(x.even) >> 16) | as_int(x.odd); }
+FASTATTN_INLINE pair rounded_pair(pair x) {
+  vi upper = splat_i((int32_t)0xffff0000);
+  return {as_float(round_bf16_bits(x.even) & upper), as_float(round_bf16_bits(x.odd) & upper)};
+}
+#if defined(__AVX512BF16__)
+// One instruction for both vectors, a third of the operations. It takes magnitudes below 2^-126 for 0, so it serves
+// results of arithmetic and not sums that must give back their argument.
+FASTATTN_INLINE vi join(pair x) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
+  return (vi)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)x.odd, (__m512)x.even));
+}
+#else
+FASTATTN_INLINE vi join(pair x) { return join_exact(rounded_pair(x)); }
+#endif
 // x rounded to the element type that the pointer names.
 FASTATTN_INLINE vf rounded(vf x, const float*) { return x; }
 FASTATTN_INLINE vf rounded(vf x, const f16*) { return widen_f16(narrow_f16(x)); }
-FASTATTN_INLINE pair rounded(pair x, const bf16*) { return {round_bf16(x.even), round_bf16(x.odd)}; }
+FASTATTN_INLINE pair rounded(pair x, const bf16*) { return rounded_pair(x); }
+// The same for results of arithmetic, which may lose magnitudes below 2^-126.
+template <class T>
+FASTATTN_INLINE vf rounded_result(vf x, const T* type) { return rounded(x, type); }
+FASTATTN_INLINE pair rounded_result(pair x, const bf16*) { return split(join(x)); }
 
 // ---- fetch: a pack of elements, or its first n with 0 beyond
 FASTATTN_INLINE vf evens(vf a, vf b) { return __builtin_shuffle(a, b, iota() * 2); }
 FASTATTN_INLINE vf odds(vf a, vf b) { return __builtin_shuffle(a, b, iota() * 2 + 1); }
-FASTATTN_INLINE pair split(vi bits) { return {as_float(bits << 16), as_float(bits & splat_i((int32_t)0xffff0000))}; }
 
 template <class T>
 FASTATTN_INLINE vf fetch(Straight, const T* p, Whole) { return load(p); }
@@ -101,9 +121,6 @@ FASTATTN_INLINE vf lower_half(pair x) {
 }
 FASTATTN_INLINE vf upper_half(pair x) {
   return __builtin_shuffle(x.even, x.odd, (iota() >> 1) + (iota() & 1) * VL + VL / 2);
-}
-FASTATTN_INLINE vi join(pair x) {
-  return (vi)((vu)round_bf16_bits(x.even) >> 16) | (round_bf16_bits(x.odd) & splat_i((int32_t)0xffff0000));
 }
 
 template <class T>
@@ -153,6 +170,18 @@ FASTATTN_INLINE void stream(T* p, pair x) {
   stream(p, lower_half(x));
   stream(p + VL, upper_half(x));
 }
+
+// The same for values that are of type T already.
+template <class T, class N>
+FASTATTN_INLINE void emit_exact(T* p, vf x, N n) { emit(p, x, n); }
+FASTATTN_INLINE void emit_exact(bf16* p, pair x, Whole) { store_i(p, join_exact(x)); }
+FASTATTN_INLINE void emit_exact(bf16* p, pair x, int64_t n) {
+  vi bits = join_exact(x);
+  __builtin_memcpy(p, &bits, n * 2);
+}
+template <class T>
+FASTATTN_INLINE void stream_exact(T* p, vf x) { stream(p, x); }
+FASTATTN_INLINE void stream_exact(bf16* p, pair x) { stream_bits(p, join_exact(x)); }
 
 // May every row of `row_elements` at p be streamed in whole packs?
 template <class T>

@@ -1,0 +1,113 @@
+"""Rows as a table on a terminal, as JSON lines and as a Markdown report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .case import OURS
+from .machine import Machine
+from .run import Row
+
+HEAD = ("work", "dtype", "fastattn", "rate", "of attainable", "times slower than fastattn")
+
+
+def write_jsonl(path: Path, machine: Machine, rows: Iterable[Row]) -> None:
+    """The machine on the first line, then one row per line."""
+    lines = [json.dumps({"machine": machine.as_dict()}), *(json.dumps(row.as_dict()) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def read_jsonl(path: Path) -> tuple[Machine, list[Row]]:
+    first, *rest = path.read_text().splitlines()
+    return Machine(**json.loads(first)["machine"]), [Row(**json.loads(line)) for line in rest]
+
+
+def by_case(rows: Iterable[Row]) -> list[list[Row]]:
+    cases: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((row.room, row.row, row.label, row.dtype, row.malloc, row.threads), []).append(row)
+    return list(cases.values())
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds / size < 100 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def line(case: Sequence[Row]) -> tuple[str, ...]:
+    """One line of the table for all contenders of a case."""
+    ours = next(row for row in case if row.contender == OURS)
+    place = f"{ours.room}, {ours.row}: {ours.label}"
+    if ours.malloc != "default":
+        place += f", malloc {ours.malloc}"
+    if ours.axis == "threads":
+        place += f", {ours.threads} threads"
+    time = _time(ours)
+    rate = "" if ours.rate is None else f"{ours.rate:.0f} {'GFLOP/s' if ours.bound == 'flops' else 'GB/s'}"
+    share = "" if ours.share is None else f"{100 * ours.share:.0f} %"
+    return place, ours.dtype, time, rate, share, " · ".join(_rival(row) for row in case if row.contender != OURS)
+
+
+def _time(row: Row) -> str:
+    if row.status != "ok" or row.seconds is None:
+        return row.status
+    spread = 50 * ((row.p80 or 0.0) - (row.p20 or 0.0)) / row.seconds
+    return f"{'~' if row.noisy else ''}{duration(row.seconds)} ± {spread:.0f} %"
+
+
+def _rival(row: Row) -> str:
+    if row.status != "ok":
+        return f"{row.contender} {row.status}"
+    return f"{row.contender} {row.ratio:.2f}x" if row.ratio is not None else f"{row.contender} {duration(row.seconds or 0)}"
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Aligned columns for a terminal."""
+    lines = [HEAD, *(line(case) for case in by_case(rows))]
+    widths = [max(len(cells[i]) for cells in lines) for i in range(len(HEAD) - 1)]
+    rule = tuple("-" * width for width in widths) + ("-" * len(HEAD[-1]),)
+    out = []
+    for cells in [lines[0], rule, *lines[1:]]:
+        out.append("  ".join([c.ljust(w) for c, w in zip(cells, widths, strict=False)] + [cells[-1]]).rstrip())
+    return "\n".join(out)
+
+
+def markdown_table(rows: Iterable[Row]) -> str:
+    lines = [HEAD, ("---",) * len(HEAD), *(line(case) for case in by_case(rows))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def notes(rows: Iterable[Row]) -> list[str]:
+    """Every absence, failure and wrong result, each with its reason, once."""
+    found: dict[str, None] = {}
+    for row in rows:
+        if row.status != "ok":
+            found.setdefault(f"{row.contender} is {row.status} in {row.room}, {row.row} ({row.dtype}): {row.reason}")
+    return list(found)
+
+
+def markdown(machine: Machine, rows: Sequence[Row], plots: Sequence[str]) -> str:
+    software = ", ".join(f"{k} {v}" for k, v in machine.versions.items() if v)
+    noisy = sum(row.noisy for row in rows)
+    parts = [
+        "# fastattn, measured",
+        f"{machine.cpu}, {machine.threads} of {machine.cores} cores, instruction set {machine.isa}, "
+        f"huge pages {machine.huge_pages}. fastattn {machine.fastattn}"
+        f"{f' at {machine.commit}' if machine.commit else ''}, Python {machine.python}, {software}. {machine.date}.",
+        "Medians of quiet samples, all contenders interleaved in one process; ± is half the distance of the 20 % and 80 % "
+        "quantiles. A result counts only if its error against float64 is lawful (docs/numerics.md). Attainable is the "
+        "multiply-add peak, or the copy or read bandwidth, measured in the same run."
+        + (f" `~` marks {noisy} times without three quiet samples." if noisy else ""),
+    ]
+    for room in dict.fromkeys(row.room for row in rows):
+        parts += [f"## {room}", markdown_table(row for row in rows if row.room == room)]
+    if plots:
+        parts += ["## Plots", "\n".join(f"![{Path(p).stem}]({p})" for p in plots)]
+    if remarks := notes(rows):
+        parts += ["## Absent, failed, wrong", "\n".join(f"- {remark}" for remark in remarks)]
+    return "\n\n".join(parts) + "\n"

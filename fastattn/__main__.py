@@ -1,0 +1,7 @@
+"""python -m fastattn"""
+
+import sys
+
+from fastattn.cli import main
+
+sys.exit(main())

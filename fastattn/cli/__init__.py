@@ -1,0 +1,28 @@
+"""The command line: `fastattn doctor | verify | bench`, also `python -m fastattn`.
+
+Exit codes: 0 fine; 1 something is wrong (no native module, a result that breaks the law); 2 the arguments are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fastattn.cli import bench, doctor, verify
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="fastattn", description="Fast attention, RoPE and norms for PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | verify | bench")
+    for command in (doctor, verify, bench):
+        name = command.__name__.rsplit(".", 1)[1]
+        summary = (command.__doc__ or "").splitlines()[0]
+        sub = commands.add_parser(name, help=summary, description=command.__doc__, formatter_class=_Formatter)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass

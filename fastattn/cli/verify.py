@@ -1,0 +1,133 @@
+"""Hold every operation to float64 on this machine: its error as a ratio to plain PyTorch's and to SDPA's.
+
+A ratio below 1 is more accurate than plain PyTorch in the same dtype; the law allows 2. Outputs and gradients count.
+Exit code 0: the law holds, 1: it is broken somewhere, 2: bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import fastattn
+from fastattn.benchmarks.case import DTYPES
+from fastattn.benchmarks.law import Verdict, judge
+from fastattn.cli.scenarios import OPS, Scenario, cast
+
+Tensor = torch.Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", action="append", choices=tuple(OPS), help="only this operation; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this dtype; may be repeated")
+    parser.add_argument("--backend", choices=("cuda", "triton", "cpu", "reference"), help="force this backend")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One operation, option and dtype. `tensor` is the worst of its outputs and gradients; to_sdpa compares o alone."""
+
+    op: str
+    option: str
+    dtype: str
+    status: str  # "ok" · "BROKEN" · "unsupported"
+    tensor: str = ""
+    error: float | None = None
+    to_plain: float | None = None
+    rms_to_plain: float | None = None
+    to_sdpa: float | None = None
+    reason: str = ""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = []
+    if not arguments.json:
+        print(_HEAD)
+    for op in arguments.op or OPS:
+        for scenario in OPS[op]():
+            for dtype in arguments.dtype or DTYPES:
+                finding = examine(scenario, dtype, arguments.backend)
+                print(json.dumps(asdict(finding)) if arguments.json else _line(finding), flush=True)
+                found.append(finding)
+    broken = [f for f in found if f.status == "BROKEN"]
+    measured = [f for f in found if f.status == "ok" and f.to_plain is not None]
+    if not arguments.json:
+        worst = max((f.to_plain or 0.0 for f in measured), default=0.0)
+        print(f"\n{len(measured)} lawful, worst ratio to plain PyTorch {worst:.2f}; {len(broken)} broken")
+    return 1 if broken or not measured else 0
+
+
+def examine(scenario: Scenario, dtype_name: str, backend: str | None = None) -> Finding:
+    """Outputs and gradients of fastattn, of plain PyTorch in the dtype, and of float64, compared."""
+    dtype = DTYPES[dtype_name]
+    name = (scenario.op, scenario.option, dtype_name)
+    plain = results(scenario, dtype, partial(scenario.call, fastattn.reference))
+    truth = results(scenario, dtype, partial(scenario.call, fastattn.reference), wide=True)
+    try:
+        with fastattn.use_backend(backend):
+            ours = results(scenario, dtype, partial(scenario.call, fastattn))
+    except fastattn.UnsupportedError as refusal:
+        return Finding(*name, "unsupported", reason=" ".join(str(refusal).split()))
+    verdict = judge(ours, plain, truth)
+    to_sdpa = None
+    if scenario.sdpa is not None:
+        with torch.no_grad():
+            rival = scenario.sdpa(cast(scenario, dtype))["o"].double()
+        rival_error = float((rival - truth["o"]).abs().max())
+        to_sdpa = float((ours["o"].double() - truth["o"]).abs().max()) / rival_error if rival_error else None
+    return _finding(name, verdict, to_sdpa)
+
+
+def _finding(name: tuple[str, str, str], verdict: Verdict, to_sdpa: float | None) -> Finding:
+    status = "ok" if verdict.lawful else "BROKEN"
+    numbers = (verdict.tensor, verdict.error, verdict.ratio, verdict.rms_ratio, to_sdpa)
+    return Finding(*name, status, *numbers, verdict.reason)
+
+
+def results(
+    scenario: Scenario,
+    dtype: torch.dtype,
+    call: Callable[[dict[str, Tensor]], dict[str, Any]],
+    wide: bool = False,
+) -> dict[str, Tensor]:
+    """Named outputs and, for the leaves, gradients `d<name>` of all differentiable outputs under fixed cotangents.
+
+    Inputs and cotangents are rounded to the dtype under test; `wide` then computes with the same numbers in float64.
+    """
+    tensors = cast(scenario, dtype, wide)
+    outputs = call(tensors)
+    found = {name: out.detach() for name, out in outputs.items()}
+    if not scenario.leaves:
+        return found
+    g = torch.Generator().manual_seed(99)
+    cotangents = {name: torch.randn(out.shape, generator=g) for name, out in outputs.items()}
+    chosen = [name for name, out in outputs.items() if out.requires_grad]
+    given = [cotangents[n].to(torch.float32 if n == "lse" else dtype).to(outputs[n].dtype) for n in chosen]
+    leaves = [tensors[name] for name in scenario.leaves]
+    gradients = torch.autograd.grad([outputs[n] for n in chosen], leaves, given)
+    return found | {f"d{name}": gradient for name, gradient in zip(scenario.leaves, gradients, strict=True)}
+
+
+_WIDTHS = (18, 18, 5, 12, 10, 9, 9, 8)
+_HEAD = "  ".join(
+    text.ljust(width)
+    for text, width in zip(
+        ("op", "option", "dtype", "worst of", "error", "to plain", "rms", "to SDPA"), _WIDTHS, strict=True
+    )
+)
+
+
+def _line(f: Finding) -> str:
+    if f.error is None:
+        return f"{f.op:<18}  {f.option:<18}  {f.dtype:<5}  {f.status}: {f.reason}"
+    cells = (f.op, f.option, f.dtype, f.tensor, f"{f.error:.2e}", f"{f.to_plain:.2f}", f"{f.rms_to_plain:.2f}")
+    sdpa = "" if f.to_sdpa is None else f"{f.to_sdpa:.2f}"
+    line = "  ".join(cell.ljust(width) for cell, width in zip((*cells, sdpa), _WIDTHS, strict=True)).rstrip()
+    return f"{line}  BROKEN: {f.reason}" if f.status == "BROKEN" else line
