@@ -66,6 +66,9 @@ def _forward(ways, reference, parameters, rows, cols, dtype) -> Problem:
     return Problem(law(torch.float64), law(dtype), [contender(name, way) for name, way in ways.items()])
 
 
+# PyTorch's own weight gradients add thousands of rows in a row: F.layer_norm in bf16 makes 33 times the error of a sum that
+# splits, torch.compile in fp32 16 times. They are what people use, so they are timed, and the table says their error.
+SLOPPY = 64.0
 NAMES = ("dx", "dweight", "dbias")
 
 
@@ -87,4 +90,5 @@ def _backward(ways, reference, parameters, rows, cols, dtype) -> Problem:
 
         return Contender(name, prepare)
 
-    return Problem(law(torch.float64), law(dtype), [contender(name, way) for name, way in ways.items()])
+    contenders = [contender(name, way) for name, way in ways.items()]
+    return Problem(law(torch.float64), law(dtype), contenders, rival_factor=SLOPPY)

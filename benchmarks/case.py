@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .law import Results
+from .law import FACTOR, Results
 
 OURS = "fastattn"
+COMPILED = ("compiled", "Flex")  # contenders whose preparation takes seconds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,11 +37,15 @@ class Contender:
 
 @dataclass(frozen=True)
 class Problem:
-    """`truth` is float64, `plain` the reference in the case's dtype. The first contender is fastattn."""
+    """`truth` is float64, `plain` the reference in the case's dtype. The first contender is fastattn.
+
+    rival_factor  how many times plain's error a rival may make before it is WRONG; fastattn may always make 2
+    """
 
     truth: Results
     plain: Results
     contenders: list[Contender]
+    rival_factor: float = FACTOR
 
 
 @dataclass(frozen=True)

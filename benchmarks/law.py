@@ -39,9 +39,9 @@ class Verdict:
         return self.error / self.plain_error if self.plain_error else math.inf
 
 
-def judge(results: Results, plain: Results, truth: Results) -> Verdict:
+def judge(results: Results, plain: Results, truth: Results, factor: float = FACTOR) -> Verdict:
     """The worst verdict over all named tensors (o, dq, ...). A missing or misshapen tensor is unlawful, not skipped."""
-    verdicts = [judge_tensor(name, results.get(name), plain[name], truth[name]) for name in truth]
+    verdicts = [judge_tensor(name, results.get(name), plain[name], truth[name], factor) for name in truth]
     return max(verdicts, key=lambda v: (not v.lawful, v.ratio))
 
 

@@ -62,7 +62,10 @@ def _axis(rows: Sequence[Row], axis: str, folder: Path) -> Path:
         upper.set_ylim(bottom=0)
         upper.legend()
         lower.set_ylabel("speed over one thread" if axis == "threads" else "time per FLOP\n(best = 1)")
-        lower.set_ylim(bottom=0)
+        if axis == "threads":
+            lower.set_ylim(bottom=0)
+        else:
+            lower.set_yscale("log")
         lower.set_xlabel(axis)
     return _save(figure, folder / f"attention_over_{axis}.png")
 
@@ -74,10 +77,11 @@ def _ratios(rows: Sequence[Row], folder: Path) -> Path:
     labels = [f"{row.room} {row.row} {row.label} {row.dtype}: {row.contender}" for row in rows]
     figure, ax = plt.subplots(figsize=(9, 1.2 + 0.19 * len(rows)))
     ratios = [row.ratio or 0.0 for row in rows]
-    ax.barh(labels, ratios, color=[REST[0] if r >= 1 else COLOURS[OURS] for r in ratios], height=0.7)
+    colours = [REST[0] if r >= 1 else COLOURS[OURS] for r in ratios]
+    ax.barh(labels, [r - 1 for r in ratios], left=1, color=colours, height=0.7)
     ax.axvline(1, color="black", linewidth=1)
     ax.set_xscale("log")
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.tick_params(axis="y", labelsize=6)
     ax.set_xlabel("time of the rival / time of fastattn (right of the line fastattn is faster)")
     ax.grid(axis="x", alpha=0.3)
@@ -88,6 +92,6 @@ def _save(figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return path

@@ -63,7 +63,10 @@ def _time(row: Row) -> str:
 def _rival(row: Row) -> str:
     if row.status != "ok":
         return f"{row.contender} {row.status}"
-    return f"{row.contender} {row.ratio:.2f}x" if row.ratio is not None else f"{row.contender} {duration(row.seconds or 0)}"
+    time = f"{row.ratio:.2f}x" if row.ratio is not None else duration(row.seconds or 0.0)
+    # Ratios of errors say something only where errors differ: a correctly rounded plain result makes them jump.
+    sloppy = f" ({row.error_ratio:.0f}x the error)" if row.error_ratio and row.error_ratio > 4 else ""
+    return f"{row.contender} {time}{sloppy}"
 
 
 def table(rows: Iterable[Row]) -> str:

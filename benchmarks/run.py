@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,8 +19,8 @@ import torch
 import fastattn
 
 from . import attention, latency, layer_norm, rms_norm, rope
-from .case import OURS, AbsentError, Case, Contender, Prepared
-from .law import judge
+from .case import COMPILED, OURS, AbsentError, Case, Contender, Prepared, Problem
+from .law import FACTOR, judge
 from .machine import Attainable
 from .timing import Canary, Timing, measure
 
@@ -80,8 +81,8 @@ def select(rooms: Iterable[str] = (), dtypes: Iterable[str] = (), quick: bool = 
 class Runner:
     """Measures case by case; canary and peaks are shared by all cases of a run, so that `best` means the run's best."""
 
-    def __init__(self, budget_s: float) -> None:
-        self.budget_s = budget_s
+    def __init__(self, budget_s: float, quick: bool = False) -> None:
+        self.budget_s, self.quick = budget_s, quick
         self.attainable = Attainable()
         self._canaries: dict[int, Canary] = {}
 
@@ -98,7 +99,7 @@ class Runner:
             rows: dict[str, dict[str, Any]] = {}
             calls: dict[str, Callable[[], object]] = {}
             for contender in problem.contenders:
-                rows[contender.name], prepared = _admit(contender, problem)
+                rows[contender.name], prepared = self._admit(contender, problem, case)
                 if prepared is not None:
                     calls[contender.name] = prepared.call
             before = self._peak(case, threads)
@@ -114,6 +115,11 @@ class Runner:
         gc.collect()
         return found
 
+    def _admit(self, contender: Contender, problem: Problem, case: Case) -> tuple[dict[str, Any], Prepared | None]:
+        if self.quick and contender.name in COMPILED and case.row != "window":
+            return {"status": "absent", "reason": "left out by --quick, because compiling takes seconds"}, None
+        return _admit(contender, problem)
+
     def _peak(self, case: Case, threads: int) -> float | None:
         if case.bound == "flops":
             return self.attainable.flops(case.dtype, threads)
@@ -122,17 +128,18 @@ class Runner:
         return self.attainable.read(int(case.work), threads) if case.bound == "read" else None
 
 
-def _admit(contender: Contender, problem: Any) -> tuple[dict[str, Any], Prepared | None]:
+def _admit(contender: Contender, problem: Problem) -> tuple[dict[str, Any], Prepared | None]:
     """Prepare, run once, judge. Only a lawful contender is timed."""
     try:
         prepared = contender.prepare()
-        verdict = judge(prepared.results(prepared.call()), problem.plain, problem.truth)
+        factor = FACTOR if contender.name == OURS else problem.rival_factor
+        verdict = judge(prepared.results(prepared.call()), problem.plain, problem.truth, factor)
     except AbsentError as absence:
         return {"status": "absent", "reason": str(absence)}, None
     except Exception as failure:  # a rival that breaks is a row of the table, not the end of the run
         text = str(failure).strip().splitlines() or [""]
         return {"status": "failed", "reason": f"{type(failure).__name__}: {text[0][:200]}"}, None
-    errors = {"error": verdict.error, "error_ratio": verdict.ratio}
+    errors = {"error": verdict.error, "error_ratio": verdict.ratio if verdict.ratio < math.inf else None}
     if not verdict.lawful:
         return {"status": "WRONG", "reason": verdict.reason, **errors}, None
     return {"status": "ok", **errors}, prepared
@@ -175,7 +182,7 @@ def run_all(
     cases: list[Case], *, budget_s: float, progress: Callable[[str], None] = lambda key: None, quick: bool = False
 ) -> Iterator[list[Row]]:
     """Every case's rows. Those with malloc pinned run in a child process, since glibc reads its settings at start."""
-    runner = Runner(budget_s)
+    runner = Runner(budget_s, quick)
     for case in (c for c in cases if c.malloc == "default"):
         progress(case.key)
         yield runner.run(case)
@@ -207,7 +214,7 @@ def _child(order: dict[str, Any]) -> None:
     results, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(order["threads"])
     wanted = {case.key: case for case in select(quick=order["quick"])}
-    runner = Runner(order["budget_s"])
+    runner = Runner(order["budget_s"], order["quick"])
     for key in order["keys"]:
         print(json.dumps([row.as_dict() for row in runner.run(wanted[key])]), file=results, flush=True)
 

@@ -106,7 +106,7 @@ def measure(
     if not calls:
         return {}
     mix = shuffle or random.Random(0).shuffle
-    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
+    once = {name: _once(call, clock) for name, call in calls.items()}
     samples = {name: Samples() for name in calls}
     end = clock() + budget_s
     rounds = 0
@@ -114,29 +114,33 @@ def measure(
         order: list[str] = list(calls)
         mix(order)
         for name in order:
-            _sample(calls[name], repeats[name], samples[name], canary, clock)
+            _sample(calls[name], once[name], samples[name], canary, clock)
         rounds += 1
         if all(len(s.quiet(canary)) >= ENOUGH for s in samples.values()):
             break
     return {name: summarise(s, canary) for name, s in samples.items()}
 
 
-def _repeats(call: Callable[[], object], clock: Clock) -> int:
-    """How many calls make one sample: the second of two warm-up calls says."""
-    call()
-    start = clock()
-    call()
-    return max(1, min(100_000, round(SAMPLE_S / max(clock() - start, 1e-7))))
+def _once(call: Callable[[], object], clock: Clock) -> float:
+    """About how long one warm call takes; a call so long that its first costs do not matter is made only once."""
+    for _ in range(2):
+        start = clock()
+        call()
+        seconds = clock() - start
+        if seconds >= 20 * WARM_S:
+            break
+    return seconds
 
 
-def _sample(call: Callable[[], object], repeats: int, samples: Samples, canary: Canary, clock: Clock) -> None:
+def _sample(call: Callable[[], object], once: float, samples: Samples, canary: Canary, clock: Clock) -> None:
     before = canary.sing()
-    start = clock()
-    if repeats > 1 or not samples.seconds or samples.seconds[-1] < 10 * WARM_S:
+    if once < 10 * WARM_S:
+        start = clock()
         while True:
             call()
             if clock() - start >= WARM_S:
                 break
+    repeats = max(1, min(100_000, round(SAMPLE_S / max(once, 1e-7))))
     start = clock()
     for _ in range(repeats):
         call()

@@ -95,7 +95,7 @@ View view_of(PyObject* object) {
 
 bool try_view(PyObject* object, View* out) {
   DLTensor t;
-  if (exchange == nullptr) return false;
+  if (exchange == nullptr || object == Py_None) return false;
   if (exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {
     PyErr_Clear();
     return false;

@@ -47,7 +47,7 @@ struct View {
 View view_of(PyObject* object);
 
 // The same for code that has another road: false when `object` cannot be read through the exchange API as a CPU tensor.
-// `object` must be a torch.Tensor.
+// `object` must be a torch.Tensor or None.
 bool try_view(PyObject* object, View* out);
 
 // A new uninitialised CPU tensor, contiguous unless strides are given: of huge pages when it is large (hugepages.cpp), else

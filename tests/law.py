@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 FACTOR = 2.0
+FEW = 64
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 _KEEP_DTYPE = ("alibi_slopes", "position_ids")  # float64 is not among what they may be
 
@@ -32,8 +33,9 @@ def check(
     plain = run(reference, tensors, options or {}, wants, names, seed)
     truth = run(reference, {k: _double(k, t) for k, t in tensors.items()}, options or {}, wants, names, seed)
     assert got.keys() == truth.keys()
+    inputs = next(iter(tensors.values())).dtype
     for name in got:
-        compare(name, got[name], plain[name], truth[name])
+        compare(name, got[name], plain[name], truth[name], inputs)
     return got
 
 
@@ -60,8 +62,10 @@ def run(
     return found
 
 
-def compare(name: str, got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> None:
-    """Raise AssertionError, with the worst index and both values, when `got` breaks the law."""
+def compare(
+    name: str, got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, inputs: torch.dtype = torch.float32
+) -> None:
+    """Raise AssertionError, with the worst index and both values, when `got` breaks the law for inputs of that dtype."""
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
     rounded = truth.to(got.dtype)
@@ -74,13 +78,17 @@ def compare(name: str, got: torch.Tensor, plain: torch.Tensor, truth: torch.Tens
     truth = truth.double()
     error, plain_error = _error(got, truth, finite), _error(plain, truth, finite)
     size = torch.where(finite, truth, 0).abs()
-    ulp = torch.finfo(got.dtype).eps
-    # The floor keeps a lucky (even exact) plain result from forbidding the last bits of a number's own format.
-    limit = FACTOR * plain_error.max() + ulp * size.max()
+    # The floor keeps a lucky (even exact) plain result from forbidding the last bits of a number's own format: one unit in
+    # the low dtypes, where rounding the result is most of any error; four in fp32, where intermediate results round too.
+    floor = torch.finfo(got.dtype).eps * (4 if got.dtype == torch.float32 else 1)
+    if truth.numel() < FEW:  # such as dsinks: long sums of terms that outweigh them, and too few to speak of a maximum
+        floor *= 16
+    floor = max(floor, torch.finfo(inputs).eps / 64)  # lse is fp32, but nobody asks for its last bits from bf16 scores
+    limit = FACTOR * plain_error.max() + floor * size.max()
     worst = f"{name}: error {error.max():.3e} above {limit:.3e} (plain PyTorch {plain_error.max():.3e}) at "
     assert error.max() <= limit, worst + _describe(error == error.max(), got, truth)
     rms, plain_rms = _rms(error), _rms(plain_error)
-    limit = FACTOR * plain_rms + ulp / 2 * _rms(size)
+    limit = FACTOR * plain_rms + floor / 2 * _rms(size)
     worst = f"{name}: RMS error {rms:.3e} above {limit:.3e} (plain PyTorch {plain_rms:.3e}), largest at "
     assert rms <= limit, worst + _describe(error == error.max(), got, truth)
 

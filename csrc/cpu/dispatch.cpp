@@ -14,9 +14,13 @@ namespace fastattn {
   extern const Kernels table; \
   }
 FASTATTN_DECLARE(baseline)
-#ifdef FASTATTN_X86
+#ifdef FASTATTN_HAS_AVX2
 FASTATTN_DECLARE(avx2)
+#endif
+#ifdef FASTATTN_HAS_AVX512
 FASTATTN_DECLARE(avx512)
+#endif
+#ifdef FASTATTN_HAS_AVX512_BF16
 FASTATTN_DECLARE(avx512_bf16)
 #endif
 
@@ -24,14 +28,20 @@ namespace {
 const std::vector<const Kernels*>& tables() {
   static const std::vector<const Kernels*> found = [] {
     std::vector<const Kernels*> t{&baseline::table};
-#ifdef FASTATTN_X86
+#if defined(__x86_64__)
     __builtin_cpu_init();
-    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    [[maybe_unused]] bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    [[maybe_unused]] bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef FASTATTN_HAS_AVX2
     if (v3) t.push_back(&avx2::table);
+#endif
+#ifdef FASTATTN_HAS_AVX512
     if (v4) t.push_back(&avx512::table);
+#endif
+#ifdef FASTATTN_HAS_AVX512_BF16
     if (v4 && __builtin_cpu_supports("avx512bf16")) t.push_back(&avx512_bf16::table);
+#endif
 #endif
     return t;
   }();

@@ -24,34 +24,47 @@ struct Workspace {
   int64_t stride;
 };
 
-// Sums of g (when centred) and g * (x - mean) over a row.
+// Sums over a row, with v = x - mean: of v and g (when centred), and of g * v.
+struct Sums {
+  double v, g, gv;
+};
+
 template <bool Centred, class X>
-FASTATTN_INLINE void row_sums(int64_t cols, const X* x, const X* dy, const float* weight, float mean, double* g_sum, double* gx_sum) {
+FASTATTN_INLINE Sums row_sums(int64_t cols, const X* x, const X* dy, const float* weight, float mean) {
   typedef typename OrderOf<X>::order Order;
   typedef typename Order::pack pack;
   constexpr int64_t W = Order::width, kChunk = kChunkPacks * W;
   vf m = splat(mean);
-  *g_sum = *gx_sum = 0;
+  Sums sums{0, 0, 0};
+  struct Chain {
+    pack v, g, gv;
+  };
   for (int64_t begin = 0; begin < cols; begin += kChunk) {
     int64_t end = begin + kChunk < cols ? begin + kChunk : cols, i = begin;
-    pack g0 = splat_pack(Order{}, 0.0f), g1 = g0, gx0 = g0, gx1 = g0;
-    auto step = [&](pack& g_acc, pack& gx_acc, int64_t j, auto n) __attribute__((always_inline)) {
+    pack none = splat_pack(Order{}, 0.0f);
+    Chain a{none, none, none}, b = a;
+    auto step = [&](Chain& to, int64_t j, auto n) __attribute__((always_inline)) {
       pack g = fetch(Order{}, dy + j, n) * take(Order{}, weight + j), v = fetch(Order{}, x + j, n);
       if constexpr (Centred) {
-        g_acc += g;
-        v = v - m;
+        v = first(v - m, n);
+        to.v += v;
+        to.g += g;
       }
-      gx_acc += g * v;
+      to.gv += g * v;
     };
     for (; i + 2 * W <= end; i += 2 * W) {
-      step(g0, gx0, i, Whole{});
-      step(g1, gx1, i + W, Whole{});
+      step(a, i, Whole{});
+      step(b, i + W, Whole{});
     }
-    for (; i + W <= end; i += W) step(g0, gx0, i, Whole{});
-    if (i < end) step(g1, gx1, i, end - i);
-    if constexpr (Centred) *g_sum += reduce_add(g0 + g1);
-    *gx_sum += reduce_add(gx0 + gx1);
+    for (; i + W <= end; i += W) step(a, i, Whole{});
+    if (i < end) step(b, i, end - i);
+    if constexpr (Centred) {
+      sums.v += reduce_add(a.v + b.v);
+      sums.g += reduce_add(a.g + b.g);
+    }
+    sums.gv += reduce_add(a.gv + b.gv);
   }
+  return sums;
 }
 
 // A tensor's R rows from `row` on; they lie one stride apart, which keeps addresses in few registers.
@@ -84,16 +97,17 @@ FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float*
   const Group<X> x = group_of<X>(p.x, row, R), dy = group_of<X>(p.dy, row, R), dsum = group_of<X>(p.dsum, row, R);
   int64_t cols = p.cols;
   X* dx = static_cast<X*>(p.dx) + row * cols;
-  vf mean[R], rstd[R], g_mean[R], gx_mean[R];
+  vf mean[R], rstd[R], shift[R], g_mean[R], gx_mean[R];
   bool adds = dsum.data != nullptr;
   for (int r = 0; r < R; ++r) {
     float m = Centred ? p.mean[row + r] : 0.0f, s = p.rstd[row + r];
-    double g_sum, gx_sum;
-    row_sums<Centred>(cols, x.row(r), dy.row(r), weight, m, &g_sum, &gx_sum);
+    Sums sums = row_sums<Centred>(cols, x.row(r), dy.row(r), weight, m);
+    double n = static_cast<double>(cols), left = sums.v / n;  // of the mean, which was rounded to float32
     mean[r] = splat(m);
     rstd[r] = splat(s);
-    g_mean[r] = splat(static_cast<float>(g_sum / static_cast<double>(cols)));
-    gx_mean[r] = splat(static_cast<float>(gx_sum * s / static_cast<double>(cols)));
+    shift[r] = splat(static_cast<float>(-left * s));
+    g_mean[r] = splat(static_cast<float>(sums.g / n));
+    gx_mean[r] = splat(static_cast<float>((sums.gv - left * sums.g) * s / n));
   }
   auto column = [&](int64_t i, auto n) __attribute__((always_inline)) {
     pack w = take(Order{}, weight + i), dw = splat_pack(Order{}, 0.0f), db = dw;
@@ -104,11 +118,11 @@ FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float*
         prefetch(x.row(r + R) + i);
         prefetch(dy.row(r + R) + i);
       }
-      h = (Centred ? h - mean[r] : h) * rstd[r];
+      h = Centred ? (h - mean[r]) * rstd[r] + shift[r] : h * rstd[r];
       dw += d * h;
       db += d;
       pack g = d * w;
-      if constexpr (Centred) g = g - g_mean[r];
+      if constexpr (Centred) g = apart(g) - g_mean[r];  // exactly 0 where all g are equal
       pack out = (g - h * gx_mean[r]) * rstd[r];
       if (adds) out += fetch(Order{}, dsum.row(r) + i, n);
       if (around_cache)

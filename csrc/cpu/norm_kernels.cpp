@@ -74,25 +74,29 @@ FASTATTN_INLINE Sums row_sums(int64_t cols, Value value) {
   return total;
 }
 
+// x_hat = (x - mean) * rstd + shift: mean is rounded to float32, and shift is what that leaves, times rstd.
 struct Moments {
-  float mean, rstd;
+  float mean, rstd, shift;
 };
 
 // once(i, count) yields the row's elements on the first pass, again(i, count) on the second.
 template <bool Centred, class X, class Once, class Again>
 FASTATTN_INLINE Moments moments(int64_t cols, double eps, Once once, Again again) {
   typedef typename OrderOf<X>::order Order;
-  double n = static_cast<double>(cols), mean = 0, variance;
+  double n = static_cast<double>(cols), left = 0, variance;
+  float mean = 0;
   if constexpr (Centred) {
     Sums sums = row_sums<Order>(cols, once);
-    mean = sums.values / n;
-    variance = sums.squares / n - mean * mean;
-    if (!(mean * mean <= kCancellation<X> * variance)) {
-      vf m = splat(static_cast<float>(mean));
-      variance = row_sum<Order>(cols, [&](int64_t i, auto count) __attribute__((always_inline)) {
-        auto d = again(i, count) - m;
-        return first(d * d, count);
-      }) / n;
+    double exact = sums.values / n;
+    variance = sums.squares / n - exact * exact;
+    mean = static_cast<float>(exact);
+    left = exact - mean;
+    if (!(exact * exact <= kCancellation<X> * variance)) {
+      vf m = splat(mean);
+      sums = row_sums<Order>(cols, [&](int64_t i, auto count) __attribute__((always_inline)) { return first(again(i, count) - m, count); });
+      left = sums.values / n;
+      variance = sums.squares / n - left * left;
+      if (variance < 0) variance = 0;
     }
   } else {
     variance = row_sum<Order>(cols, [&](int64_t i, auto count) __attribute__((always_inline)) {
@@ -100,7 +104,8 @@ FASTATTN_INLINE Moments moments(int64_t cols, double eps, Once once, Again again
       return v * v;
     }) / n;
   }
-  return {static_cast<float>(mean), static_cast<float>(1.0 / __builtin_sqrt(variance + eps))};
+  double rstd = 1.0 / __builtin_sqrt(variance + eps);
+  return {mean, static_cast<float>(rstd), static_cast<float>(-left * rstd)};
 }
 
 // again(i, count) yields what is normalised; `ahead` is a row that is read next; it is fetched meanwhile.
@@ -108,10 +113,10 @@ template <bool Centred, class X, class W, class Again>
 FASTATTN_INLINE void write_row(const NormParams& p, Again again, X* y, X* sum, Moments stats, const X* ahead, bool around_cache) {
   typedef typename OrderOf<X>::order Order;
   const W *weight = static_cast<const W*>(p.weight), *bias = static_cast<const W*>(p.bias);
-  vf mean = splat(stats.mean), rstd = splat(stats.rstd), offset = splat(p.weight_offset);
+  vf mean = splat(stats.mean), rstd = splat(stats.rstd), shift = splat(stats.shift), offset = splat(p.weight_offset);
   bool round_first = p.round_first, shifts = p.weight_offset != 0;
   auto normalised = [&](auto v, int64_t i, auto n) __attribute__((always_inline)) {
-    auto h = Centred ? (v - mean) * rstd : v * rstd;
+    auto h = Centred ? (v - mean) * rstd + shift : v * rstd;
     if (!Centred && round_first) h = rounded_result(h, y);
     if (weight != nullptr) {
       auto w = fetch(Order{}, weight + i, n);

@@ -50,6 +50,20 @@ FASTATTN_INLINE float reduce_add(pair a) { return reduce_add(a.even + a.odd); }
 FASTATTN_INLINE vf splat_pack(Straight, float s) { return splat(s); }
 FASTATTN_INLINE pair splat_pack(Paired, float s) { return {splat(s), splat(s)}; }
 
+// Keeps a product from being contracted with the sum it enters, where both must round alike to cancel.
+#if defined(__x86_64__)
+FASTATTN_INLINE vf apart(vf x) {
+  asm("" : "+v"(x));
+  return x;
+}
+#else
+FASTATTN_INLINE vf apart(vf x) {
+  asm("" : "+w"(x));
+  return x;
+}
+#endif
+FASTATTN_INLINE pair apart(pair x) { return {apart(x.even), apart(x.odd)}; }
+
 // ---- rounding to the element type
 #if VB == 64
 FASTATTN_INLINE vi round_bf16_bits(vf x) {

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this dtype; may be repeated")
     parser.add_argument("--row", action="append", help="only rows with this name, such as 'decode'; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for what is written")
-    parser.add_argument("--budget", type=float, help="most seconds of timing per case (default 8, with --quick 0.8)")
+    parser.add_argument("--budget", type=float, help="most seconds of timing per case (default 8, with --quick 0.5)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("bench: no case has this op and dtype", file=sys.stderr)
         return 2
     arguments.out.mkdir(parents=True, exist_ok=True)
-    budget = arguments.budget or (0.8 if arguments.quick else 8.0)
+    budget = arguments.budget or (0.5 if arguments.quick else 8.0)
     rows = []
     with _Progress(len(cases)) as progress:
         for found in run_all(cases, budget_s=budget, progress=progress.begin, quick=arguments.quick):

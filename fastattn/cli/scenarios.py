@@ -61,7 +61,7 @@ def attention() -> list[Scenario]:
         _attention("mask", mask=_mask(2, 1, 113, 203)),
         _attention("padding mask", sdpa={"attn_mask": _padding()}, mask=_padding()),
         _attention("bias", extra={"bias": _randn(1, 4, 113, 203, seed=3)}),
-        _attention("alibi", extra={"alibi_slopes": 2.0 ** -torch.arange(1.0, 5.0)}, leaves=(), causal=True),
+        _attention("alibi", causal=True, alibi_slopes=2.0 ** -torch.arange(1.0, 5.0)),
         _attention("sinks", extra={"sinks": _randn(4, seed=4)}),
         _attention("dropout", dropout_p=0.2),
         _packed("packed", False),
@@ -85,12 +85,11 @@ def _attention(
     tensors: dict[str, Tensor] | None = None,
     *,
     extra: dict[str, Tensor] | None = None,
-    leaves: tuple[str, ...] | None = None,
     sdpa: dict[str, Any] | None = None,
     **options: Any,
 ) -> Scenario:
     tensors = (tensors or _qkv()) | (extra or {})
-    differentiable = ("q", "k", "v", *(tuple(extra or {}) if leaves is None else leaves))
+    differentiable = ("q", "k", "v", *(extra or {}))
 
     def call(ops: Any, t: dict[str, Tensor]) -> dict[str, Tensor]:
         torch.manual_seed(0)  # dropout draws the same bits everywhere
@@ -102,8 +101,7 @@ def _attention(
         q, k, v = (t[name].transpose(1, 2) for name in "qkv")
         return {"o": F.scaled_dot_product_attention(q, k, v, **(sdpa or {})).transpose(1, 2)}
 
-    keep = frozenset({"alibi_slopes"})
-    return Scenario("attention", option, tensors, call, differentiable, None if sdpa is None else by_torch, keep)
+    return Scenario("attention", option, tensors, call, differentiable, None if sdpa is None else by_torch)
 
 
 def _packed(option: str, causal: bool) -> Scenario:

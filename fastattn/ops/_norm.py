@@ -34,6 +34,13 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
+    """Before the Op, whose schema would complain in torch's words. Only the first may not be None."""
+    for i, (name, tensor) in enumerate(tensors.items()):
+        if tensor is not None or i == 0:
+            _check.is_tensor(op, name, tensor)
+
+
 def check(
     op: str,
     x: torch.Tensor,

@@ -55,13 +55,16 @@ class Op:
         arguments = self.overload._schema.arguments
         self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
         self._function = None if backward is None else _make_function(self.name, forward, save, backward)
+        self._functorch = None if backward is None else _make_functorch(self, save, backward)
         torch.library.register_vmap(qualified, _vmap_by_loop(self), lib=_library)
         if flops is not None:
             register_flop_formula(self.overload.overloadpacket)(flops)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _dispatch_modes() or _functorch_active():
+        if torch.compiler.is_compiling() or _dispatch_modes():
             return self.overload(*args)
+        if _functorch_active():
+            return self.overload(*args) if self._functorch is None else self._functorch.apply(*args)
         wants_grad = False
         for i in self._tensors:
             tensor = args[i]
@@ -93,6 +96,17 @@ def _make_function(name: str, forward: Any, save: Any, backward: Any) -> type[to
 
     namespace = {"forward": staticmethod(apply_forward), "backward": staticmethod(once_differentiable(backward))}
     return type(f"fastattn_{name}", (torch.autograd.Function,), namespace)  # the name a profiler shows
+
+
+def _make_functorch(op: Op, save: Any, backward: Any) -> type[torch.autograd.Function]:
+    """The Function that torch.func.grad and its kin can differentiate; registered ops cannot be, as of torch 2.13."""
+    namespace = {
+        "forward": staticmethod(lambda *args: op.overload(*args)),
+        "setup_context": staticmethod(_saving(save)),
+        "backward": staticmethod(backward),
+        "vmap": staticmethod(_vmap_by_loop(op)),
+    }
+    return type(f"fastattn_{op.name}", (torch.autograd.Function,), namespace)
 
 
 def _vmap_by_loop(op: Op) -> Callable[..., Any]:

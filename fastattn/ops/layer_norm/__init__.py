@@ -6,6 +6,7 @@ import torch
 
 from fastattn.ops import _eager
 from fastattn.ops._dispatch import forced_backend
+from fastattn.ops._norm import check_tensors
 from fastattn.ops.layer_norm.op import layer_norm_fwd
 
 
@@ -36,5 +37,6 @@ def layer_norm(
         y = _eager.door.norm_eager(x, weight, bias, residual, True, eps, 0.0, "last", torch.get_num_threads())
         if y is not None:
             return y
+    check_tensors("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
     y, total, _, _ = layer_norm_fwd(x, weight, bias, residual, eps, forced_backend(None))
     return y if residual is None else (y, total)

@@ -6,6 +6,7 @@ import torch
 
 from fastattn.ops import _eager
 from fastattn.ops._dispatch import forced_backend
+from fastattn.ops._norm import check_tensors
 from fastattn.ops.rms_norm.op import rms_norm_fwd
 
 
@@ -41,5 +42,6 @@ def rms_norm(
         y = _eager.door.norm_eager(x, weight, None, residual, False, eps, weight_offset, rounding, threads)
         if y is not None:
             return y
+    check_tensors("rms_norm", x=x, weight=weight, residual=residual)
     y, total, _ = rms_norm_fwd(x, weight, residual, eps, weight_offset, rounding, forced_backend(None))
     return y if residual is None else (y, total)

@@ -7,6 +7,7 @@ import torch
 from fastattn.ops import _eager
 from fastattn.ops._dispatch import forced_backend
 from fastattn.ops.rope import op as _op
+from fastattn.ops.rope.spec import check_tensors
 
 
 def rope(
@@ -40,6 +41,7 @@ def rope(
         y = _eager.door.rope_eager(x, None, cos, sin, position_ids, interleaved, threads)
         if y is not None:
             return y
+    check_tensors("rope", x, cos, sin, position_ids)
     return _op.rope(x, cos, sin, position_ids, interleaved, False, forced_backend(None))
 
 
@@ -66,4 +68,5 @@ def rope_qk(
         pair = _eager.door.rope_eager(q, k, cos, sin, position_ids, interleaved, threads)
         if pair is not None:
             return pair
+    check_tensors("rope_qk", q, cos, sin, position_ids, k)
     return _op.rope_qk(q, k, cos, sin, position_ids, interleaved, False, forced_backend(None))

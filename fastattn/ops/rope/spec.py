@@ -31,6 +31,17 @@ class RopeSpec:
         return f"{dtypes[0]} {shapes} on {self.device}, {kind} rotary_dim {self.rotary_dim}, tables {dtypes[1]}{ids}"
 
 
+def check_tensors(op: str, x: Any, cos: Any, sin: Any, position_ids: Any, *k: Any) -> None:
+    """Before the Op, whose schema would complain in torch's words."""
+    named = {"q" if k else "x": x, "cos": cos, "sin": sin}
+    if k:
+        named["k"] = k[0]
+    if position_ids is not None:
+        named["position_ids"] = position_ids
+    for name, tensor in named.items():
+        _check.is_tensor(op, name, tensor)
+
+
 def check_rope(
     op: str,
     x: torch.Tensor,
