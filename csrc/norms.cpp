@@ -31,7 +31,7 @@ Rows rows_of(const View& v) {
   return rows;
 }
 
-bool unit_rows(const View& v) { return v.ndim > 0 && (v.stride[v.ndim - 1] == 1 || v.shape[v.ndim - 1] <= 1); }
+bool unit_rows(const View& v) { return v.ndim > 0 && (v.stride[v.ndim - 1] == 1 || v.shape[v.ndim - 1] <= 1 || v.numel() == 0); }
 
 bool same_shape(const View& a, const View& b) {
   if (a.ndim != b.ndim) return false;

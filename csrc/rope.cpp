@@ -28,7 +28,7 @@ void set_stride(const View& x, int64_t* stride) {
   for (int i = 0; i < 2; ++i) stride[1 + i] = x.stride[x.ndim - 3 + i];
 }
 
-bool unit_last(const View& v) { return v.stride[v.ndim - 1] == 1 || v.shape[v.ndim - 1] <= 1; }
+bool unit_last(const View& v) { return v.stride[v.ndim - 1] == 1 || v.shape[v.ndim - 1] <= 1 || v.numel() == 0; }
 
 bool is_rotatable(const View& x) {
   return (x.ndim == 3 || x.ndim == 4) && unit_last(x) && (x.dtype == Dtype::f32 || x.dtype == Dtype::bf16 || x.dtype == Dtype::f16);
@@ -152,15 +152,16 @@ py::object empty_like(const View& x, RopeTensor* t) {
 }
 
 py::object rope_eager(const py::handle& q_object, const py::handle& k_object, const py::handle& cos_object, const py::handle& sin_object,
-                      const py::handle& positions_object, bool interleaved, int nthreads) {
+                      const py::handle& positions_object, const py::handle& interleaved, int nthreads) {
   View q, k, cos, sin, positions;
   RopeParams p;
+  if (!PyBool_Check(interleaved.ptr())) return py::none();
   bool two = !k_object.is_none(), placed = !positions_object.is_none();
   if (!try_view(q_object.ptr(), &q) || !try_view(cos_object.ptr(), &cos) || !try_view(sin_object.ptr(), &sin)) return py::none();
   if (two && (!try_view(k_object.ptr(), &k) || k.ndim == 0)) return py::none();
   if (placed && (!try_view(positions_object.ptr(), &positions) || positions.ndim == 0)) return py::none();
   if (!set_inputs(two ? "rope_qk" : "rope", q, k, cos, sin, positions, &p)) return py::none();
-  p.interleaved = interleaved;
+  p.interleaved = interleaved.ptr() == Py_True;
   p.nthreads = nthreads;
   py::object q_out = empty_like(q, &p.tensor[0]), k_out;
   if (!q_out) return py::none();

@@ -1,4 +1,4 @@
-"""Test parameters for rooms whose functions are forced by `use_backend`: every backend, and for cpu every instruction set."""
+"""Test parameters for functions that `use_backend` forces: every backend, and for cpu every instruction set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAYS = (*(f"cpu-{isa}" for isa in ISAS), "eager", "reference")
 
 @contextlib.contextmanager
 def way(name: str) -> Iterator[None]:
-    """`cpu-<isa>` and `reference` force that backend; `eager` forces none, so that calls without grad take the short road."""
+    """`cpu-<isa>` and `reference` force that backend; `eager` forces none: calls without grad take the short road."""
     backend, _, isa = name.partition("-")
     if name == "eager":
         yield

@@ -1,7 +1,7 @@
 """The law: against float64, a kernel may err at most twice as much as plain PyTorch does in the same dtype.
 
-`check` runs a function three ways on the same numbers: as it is (got), its reference in the same dtype (plain) and its
-reference in float64 (truth), forward and backward, and compares every output and gradient in the maximum and in the mean.
+`check` runs a function three ways on the same numbers: as it is (got), its reference in the same dtype (plain) and
+its reference in float64 (truth), forward and backward, and compares every output and gradient in the maximum and in the mean.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ def check(
     wants: Iterable[str] = (),
     names: Sequence[str] = ("o", "lse"),
     seed: int = 0,
+    terms: float = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """Hold function(**tensors, **options) and its gradients for `wants` to the law. Returns what the function gave."""
+    """Hold function(**tensors, **options) and its gradients for `wants` to the law. Returns what the function gave.
+
+    terms: the size of the terms that results are sums of, where these may cancel; the floor is relative to it then.
+    """
     wants = tuple(wants)
     got = run(function, tensors, options or {}, wants, names, seed)
     plain = run(reference, tensors, options or {}, wants, names, seed)
@@ -35,7 +39,7 @@ def check(
     assert got.keys() == truth.keys()
     inputs = next(iter(tensors.values())).dtype
     for name in got:
-        compare(name, got[name], plain[name], truth[name], inputs)
+        compare(name, got[name], plain[name], truth[name], inputs, terms)
     return got
 
 
@@ -63,9 +67,14 @@ def run(
 
 
 def compare(
-    name: str, got: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, inputs: torch.dtype = torch.float32
+    name: str,
+    got: torch.Tensor,
+    plain: torch.Tensor,
+    truth: torch.Tensor,
+    inputs: torch.dtype = torch.float32,
+    terms: float = 0.0,
 ) -> None:
-    """Raise AssertionError, with the worst index and both values, when `got` breaks the law for inputs of that dtype."""
+    """Raise AssertionError, with the worst index and both values, when `got` breaks the law."""
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
     rounded = truth.to(got.dtype)
@@ -78,19 +87,29 @@ def compare(
     truth = truth.double()
     error, plain_error = _error(got, truth, finite), _error(plain, truth, finite)
     size = torch.where(finite, truth, 0).abs()
-    # The floor keeps a lucky (even exact) plain result from forbidding the last bits of a number's own format: one unit in
-    # the low dtypes, where rounding the result is most of any error; four in fp32, where intermediate results round too.
-    floor = torch.finfo(got.dtype).eps * (4 if got.dtype == torch.float32 else 1)
-    if truth.numel() < FEW:  # such as dsinks: long sums of terms that outweigh them, and too few to speak of a maximum
-        floor *= 16
-    floor = max(floor, torch.finfo(inputs).eps / 64)  # lse is fp32, but nobody asks for its last bits from bf16 scores
-    limit = FACTOR * plain_error.max() + floor * size.max()
+    floor = _floor(got.dtype, inputs, few=truth.numel() < FEW, terms=terms)
+    limit = FACTOR * plain_error.max() + floor * max(float(size.max()), terms)
     worst = f"{name}: error {error.max():.3e} above {limit:.3e} (plain PyTorch {plain_error.max():.3e}) at "
     assert error.max() <= limit, worst + _describe(error == error.max(), got, truth)
     rms, plain_rms = _rms(error), _rms(plain_error)
-    limit = FACTOR * plain_rms + floor / 2 * _rms(size)
+    limit = FACTOR * plain_rms + floor / 2 * max(_rms(size), terms)
     worst = f"{name}: RMS error {rms:.3e} above {limit:.3e} (plain PyTorch {plain_rms:.3e}), largest at "
     assert rms <= limit, worst + _describe(error == error.max(), got, truth)
+
+
+def _floor(dtype: torch.dtype, inputs: torch.dtype, *, few: bool, terms: float) -> float:
+    """The relative error that is always allowed: no lucky (even exact) plain result forbids the last bits.
+
+    One unit in the low dtypes, where rounding the result is most of any error; four in fp32, where intermediate
+    results round too. More where terms cancel, and for a handful of numbers such as dsinks: they are long sums of
+    terms that outweigh them, and too few to speak of a maximum. Results that are fp32 though the inputs are not (lse) are not asked for their last bits.
+    """
+    floor = torch.finfo(dtype).eps
+    if dtype == torch.float32:
+        floor *= 64 if terms else 16 if few else 4
+    elif few:
+        floor *= 4
+    return max(floor, torch.finfo(inputs).eps / (1 if terms else 16))
 
 
 def _double(name: str, t: torch.Tensor) -> torch.Tensor:
@@ -113,8 +132,8 @@ def _describe(where: torch.Tensor, got: torch.Tensor, truth: torch.Tensor) -> st
 def randn(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous", seed: int = 0) -> torch.Tensor:
     """Normal numbers, the same for every layout.
 
-    contiguous; transposed: dimensions 1 and 2 swapped in memory (a bshd view of bhsd); sliced: every second row of a wider
-    tensor, shifted by an odd number of elements; expanded: the first dimension repeats one entry with stride 0.
+    contiguous; transposed: dimensions 1 and 2 swapped in memory (a bshd view of bhsd); sliced: every second row of a
+    wider tensor, shifted by an odd number of elements; expanded: the first dimension repeats one entry with stride 0.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator).to(dtype)

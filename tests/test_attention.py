@@ -1,4 +1,4 @@
-"""fastattn.attention on every backend, held to the law; and the machinery around it: autograd, determinism, aliasing."""
+"""fastattn.attention on every backend, held to the law; gradients, determinism, aliasing and the cache too."""
 
 from __future__ import annotations
 
@@ -150,7 +150,9 @@ def test_layout(backend: str, layout: str, dtype: torch.dtype) -> None:
     holds(backend, qkv(dtype=dtype, layout=layout), {})
 
 
-@pytest.mark.parametrize("shape", [(37,), (19, 1), (1, 37), (4, 1, 37), (2, 1, 1, 37), (2, 1, 19, 37), (1, 4, 19, 1), (1,) * 4])
+@pytest.mark.parametrize(
+    "shape", [(37,), (19, 1), (1, 37), (4, 1, 37), (2, 1, 1, 37), (2, 1, 19, 37), (1, 4, 19, 1), (1,) * 4]
+)
 @pytest.mark.parametrize("kind", ["mask", "bias"])
 def test_broadcast_pairs(backend: str, kind: str, shape: tuple[int, ...]) -> None:
     if kind == "mask":
@@ -161,7 +163,11 @@ def test_broadcast_pairs(backend: str, kind: str, shape: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_bias_and_sinks(backend: str, dtype: torch.dtype) -> None:
-    tensors = {**qkv(dtype=dtype), "bias": law.randn(4, 19, 37, seed=4).to(dtype), "sinks": law.randn(4, seed=5).to(dtype)}
+    tensors = {
+        **qkv(dtype=dtype),
+        "bias": law.randn(4, 19, 37, seed=4).to(dtype),
+        "sinks": law.randn(4, seed=5).to(dtype),
+    }
     holds(backend, tensors, {}, tuple(tensors))
 
 
@@ -204,7 +210,9 @@ def test_packed_defaults(backend: str) -> None:
     tensors = packed(torch.float32, 83, 83)
     given = forced(attention, backend)(**tensors, cu_seqlens_q=CU_SEQLENS_Q, max_seqlen_q=70, max_seqlen_k=65)
     holds(backend, tensors, {"cu_seqlens_q": CU_SEQLENS_Q})
-    assert torch.equal(given, forced(attention, backend)(**tensors, cu_seqlens_q=CU_SEQLENS_Q, cu_seqlens_k=CU_SEQLENS_Q))
+    assert torch.equal(
+        given, forced(attention, backend)(**tensors, cu_seqlens_q=CU_SEQLENS_Q, cu_seqlens_k=CU_SEQLENS_Q)
+    )
 
 
 @pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=["batch", "seqlen_q", "seqlen_k"])
@@ -357,8 +365,13 @@ def test_weights(backend: str, option: str, dtype: torch.dtype) -> None:
     tensors.pop("v")
 
     def weights(q, k, run=forced(attention_weights, backend), **kwargs):  # noqa: B008
-        exact = {n: t.double() if torch.is_tensor(t) and t.dtype == torch.float32 and n == "bias" else t for n, t in kwargs.items()}
-        _, lse = reference.attention(q.detach().double(), k.detach().double(), k.detach().double(), **exact, return_lse=True)
+        exact = {
+            n: t.double() if torch.is_tensor(t) and t.dtype == torch.float32 and n == "bias" else t
+            for n, t in kwargs.items()
+        }
+        _, lse = reference.attention(
+            q.detach().double(), k.detach().double(), k.detach().double(), **exact, return_lse=True
+        )
         return run(q, k, lse if q.dtype == torch.float64 else lse.float(), **kwargs)
 
     def plain(q, k, **kwargs):
@@ -432,7 +445,9 @@ def test_kvcache(backend: str, variant: str, seqlen_q: int, dtype: torch.dtype) 
         for name in ("k_cache", "v_cache"):
             tensors[name] = tensors[name].reshape(12, 12, nheads_k, -1)
     if variant == "options":
-        options.update(window=(11, None), softcap=4.0, alibi_slopes=torch.rand(nheads), sinks=torch.randn(nheads), scale=0.3)
+        options.update(
+            window=(11, None), softcap=4.0, alibi_slopes=torch.rand(nheads), sinks=torch.randn(nheads), scale=0.3
+        )
     if variant == "splits":
         options["num_splits"] = 3
     if variant != "paged":

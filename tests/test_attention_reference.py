@@ -1,4 +1,4 @@
-"""The reference itself: against torch's SDPA, hand-written formulas, finite differences and Philox's published vectors."""
+"""The reference itself: against torch's SDPA, hand-written loops, finite differences and Philox's test vectors."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_matches_torch(is_causal: bool) -> None:
 @pytest.mark.parametrize("extra", TENSORS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradients(option: str, extra: str) -> None:
-    """Autograd of the reference against finite differences, and the backend's written-out gradients against autograd."""
+    """Autograd of the reference against finite differences; the backend's written-out gradients against it."""
     options, more = made(OPTIONS[option]), made(TENSORS[extra])
     leaves = {name: t.requires_grad_() for name, t in {**qkv(), **more}.items()}
     philox = torch.tensor([123, 456])
@@ -167,7 +167,9 @@ def _compare_gradients(spec, tensors, leaves, o, lse, philox) -> None:
     gradients = [found["q"], found["k"], found["v"], found.get("bias"), found.get("sinks")]
     _reference.backward(spec, do, dlse, q, k, v, o, lse, *rest, philox, *gradients)
     for name, gradient in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=lambda text, n=name: f"d{n}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-10, atol=1e-10, msg=lambda text, n=name: f"d{n}: {text}"
+        )
 
 
 def test_packed_is_the_dense_call_of_each_sequence() -> None:
@@ -241,7 +243,9 @@ def test_dropout_statistics() -> None:
     torch.manual_seed(3)
     o = reference.attention(q, q[:, :50], torch.ones(2, 50, 3, 4, dtype=F64), dropout_p=p)
     torch.manual_seed(3)
-    survivors = _philox.keep_mask(_philox.draw(q.device), p, 0, 2, 3, 64, 50).double().sum(-1)  # [batch, nheads, seqlen_q]
+    survivors = (
+        _philox.keep_mask(_philox.draw(q.device), p, 0, 2, 3, 64, 50).double().sum(-1)
+    )  # [batch, nheads, seqlen_q]
     torch.testing.assert_close(o[..., 0].transpose(1, 2), survivors / 50 / (1 - p), rtol=1e-12, atol=0)
 
 
@@ -297,7 +301,9 @@ def test_kvcache_is_attention_over_what_the_cache_holds(paged: bool, rope: str |
         caches = [keys.clone(), values.clone()]
     options = {"cos": cos, "sin": sin, "interleaved": rope == "interleaved", "block_table": table}
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32)
-    o, lse = reference.attention_kvcache(q, *caches, cache_seqlens, k=k, v=v, return_lse=True, window=(4, None), **options)
+    o, lse = reference.attention_kvcache(
+        q, *caches, cache_seqlens, k=k, v=v, return_lse=True, window=(4, None), **options
+    )
     for i, present in enumerate(lengths):
         angle = slice(present, present + new)
 

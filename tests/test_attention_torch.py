@@ -1,4 +1,4 @@
-"""fastattn's attention inside torch's machinery: opcheck, compile, export, fake tensors, autocast, checkpoint, vmap, FLOPs."""
+"""fastattn's attention inside torch's machinery: opcheck, compile, export, fakes, autocast, checkpoint, func, FLOPs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fastattn import attention, attention_kvcache, attention_weights, scaled_dot
 from fastattn.ops.attention import op
 
 
-def qkv(seqlen_q: int = 7, seqlen_k: int = 9, dtype: torch.dtype = torch.float32, grad: bool = False) -> list[torch.Tensor]:
+def qkv(
+    seqlen_q: int = 7, seqlen_k: int = 9, dtype: torch.dtype = torch.float32, grad: bool = False
+) -> list[torch.Tensor]:
     shapes = (2, seqlen_q, 4, 16), (2, seqlen_k, 2, 16), (2, seqlen_k, 2, 8)
     return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes]
 
@@ -37,7 +39,9 @@ def test_opcheck_forward(backend: str | None) -> None:
 def test_opcheck_backward() -> None:
     args = forward_args(grad=False)
     o, lse = op.attention_fwd(*args)
-    torch.library.opcheck(op.attention_bwd.overload, (torch.randn_like(o), torch.randn_like(lse), o, lse, *args, True, True))
+    torch.library.opcheck(
+        op.attention_bwd.overload, (torch.randn_like(o), torch.randn_like(lse), o, lse, *args, True, True)
+    )
 
 
 def test_opcheck_packed() -> None:
@@ -59,7 +63,9 @@ def test_opcheck_weights_and_kvcache() -> None:
     rest = (None,) * 5 + (False, None, 0, False, None, None, None, None)
     torch.library.opcheck(op.attention_kvcache.overload, (torch.randn(2, 1, 4, 16), *cache, lengths, None, None, *rest))
     new = torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 8)
-    torch.library.opcheck(op.attention_kvcache_append.overload, (torch.randn(2, 1, 4, 16), *cache, lengths, *new, *rest))
+    torch.library.opcheck(
+        op.attention_kvcache_append.overload, (torch.randn(2, 1, 4, 16), *cache, lengths, *new, *rest)
+    )
 
 
 def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -137,7 +143,9 @@ def test_fake_tensors_follow_the_real_ones() -> None:
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fake = attention(*(mode.from_tensor(t) for t in (q, k, v)), return_lse=True)
         x = torch.empty(4, 2, 16)
-        assert attention(x, x, x, cu_seqlens_q=mode.from_tensor(cu), mask=torch.ones(1, 1, 1, 4).bool()).shape == x.shape
+        assert (
+            attention(x, x, x, cu_seqlens_q=mode.from_tensor(cu), mask=torch.ones(1, 1, 1, 4).bool()).shape == x.shape
+        )
         with pytest.raises(ValueError, match="attention: v must be"):
             attention(torch.empty(1, 2, 2, 8), torch.empty(1, 3, 2, 8), torch.empty(1, 4, 2, 8))
     for r, f in zip(real, fake, strict=True):
@@ -148,7 +156,9 @@ def test_autocast() -> None:
     q, k, v = qkv(grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         o = attention(q, k, v)
-        expected = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True).transpose(1, 2)
+        expected = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True).transpose(
+            1, 2
+        )
     assert o.dtype == torch.bfloat16 and torch.equal(o, expected)
     assert torch.equal(o, attention(*(t.bfloat16() for t in (q, k, v))))
     (dq,) = torch.autograd.grad(o.sum(), (q,))

@@ -141,11 +141,15 @@ def test_matches_torch_closely(way):
         given = tensors(33, 768, dtype=dtype)
         with each.way(way):
             y = layer_norm(**given)
-        torch.testing.assert_close(y, F.layer_norm(given["x"], (768,), given["weight"], given["bias"]), atol=atol, rtol=0)
+        torch.testing.assert_close(
+            y, F.layer_norm(given["x"], (768,), given["weight"], given["bias"]), atol=atol, rtol=0
+        )
 
 
 def test_float64_is_served_by_the_reference():
-    x, weight, bias, residual = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((3, 9), 9, 9, (3, 9)))
+    x, weight, bias, residual = (
+        torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((3, 9), 9, 9, (3, 9))
+    )
     assert fastattn.explain(layer_norm, x, weight, bias).chosen == "reference"
     call = lambda x, w, b, r: layer_norm(x, w, b, residual=r)  # noqa: E731
     assert torch.autograd.gradcheck(call, (x, weight, bias, residual))
@@ -180,7 +184,9 @@ def test_around_the_cache():
         x, weight = torch.randn(rows, cols).to(dtype), torch.randn(cols).to(dtype)
         y, total = layer_norm(x, weight, residual=x)
         pieces = [layer_norm(part, weight, residual=part) for part in x.split(300)]
-        assert torch.equal(y, torch.cat([p[0] for p in pieces])) and torch.equal(total, torch.cat([p[1] for p in pieces]))
+        assert torch.equal(y, torch.cat([p[0] for p in pieces])) and torch.equal(
+            total, torch.cat([p[1] for p in pieces])
+        )
 
 
 def _bad_calls() -> dict[str, tuple[dict[str, Any], str]]:

@@ -162,7 +162,7 @@ def test_bad_input():
             rms_norm(x, weight, **options)
     with pytest.raises(ValueError, match="weight_offset must be 0 without weight"):
         rms_norm(x, weight_offset=1.0)
-    with pytest.raises(ValueError, match="weight must be a torch.Tensor, got list"):
+    with pytest.raises(ValueError, match=r"weight must be a torch\.Tensor, got list"):
         rms_norm(x, [1.0] * 8)
 
 

@@ -253,8 +253,6 @@ struct Backward {
     const T* dout = out_row<T>(const_cast<void*>(p.dout), p.do_stride, s.b, s.q_start + lanes.m0, s.h);
     rows_to_lanes<Cells>(q, p.q_stride[1], lanes.rows, p.headdim, q_lanes);
     rows_to_lanes<Cells>(dout, p.do_stride[1], lanes.rows, p.headdim_v, do_lanes);
-    pack_rows(q, p.q_stride[1], lanes.rows, p.headdim, lanes_d, q_rows);
-    pack_rows(dout, p.do_stride[1], lanes.rows, p.headdim_v, lanes_v, do_rows);
     for (int64_t i = 0; i < kM; ++i) {
       bool there = i < lanes.rows;
       float lse = there ? lse_of(p, s, lanes.m0 + i) : -kInfinity;
@@ -265,16 +263,30 @@ struct Backward {
       shift_low[i] = lse == -kInfinity ? 0.0f : static_cast<float>(exact - shift[i]);
       delta[i] = there ? delta_of<T>(p, s, lanes.m0 + i) : 0.0f;
     }
+    pack_rows(lanes, q, p.q_stride[1], p.headdim, lanes_d, true, q_rows);
+    pack_rows(lanes, dout, p.do_stride[1], p.headdim_v, lanes_v, false, do_rows);
   }
-  // Rows as the B operand of the last two products: [kM / kPerCell][ld] cells, zeros past the rows and columns.
-  void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t cols, int64_t ld, float* to) {
-    for (int64_t m = 0; m < kM; m += Cells::kPerCell, to += ld)
+  // Rows as the B operand of the last two products: [kM / kPerCell][ld] cells, zeros past the rows and columns. A row that
+  // sees nothing counts as zeros whatever it holds (its P and dS are 0). So does a q row that holds inf or NaN: where it
+  // sees a key, its dS is NaN already.
+  void pack_rows(const Lanes& lanes, const T* from, int64_t stride, int64_t cols, int64_t ld, bool only_finite, float* to) {
+    constexpr int64_t kPer = Cells::kPerCell;
+    for (int64_t m = 0; m < kM; m += kPer, to += ld) {
+      const T* row[2] = {nullptr, nullptr};
+      for (int64_t i = 0; i < kPer && m + i < lanes.rows; ++i)
+        if (shift[m + i] != -kInfinity && (!only_finite || is_finite(from + (m + i) * stride, cols))) row[i] = from + (m + i) * stride;
       for (int64_t d = 0; d < ld; d += VL) {
         vi x = splat_i(0);
-        if (m < rows && d < cols)
-          x = column_cells<Cells>(from + m * stride, m + 1 < rows ? from + (m + 1) * stride : nullptr, d, cols);
+        if (d < cols && row[0] != nullptr) x = column_cells<Cells>(row[0], row[1], d, cols);
+        if (d < cols && row[0] == nullptr && row[1] != nullptr) x = column_cells<Cells>(row[1], static_cast<const T*>(nullptr), d, cols) << 16;
         store_i(to + d, x);
       }
+    }
+  }
+  bool is_finite(const T* row, int64_t cols) {
+    vi bad = splat_i(0);
+    for (int64_t d = 0; d < cols; d += VL) bad |= not_finite(as_int(d + VL <= cols ? load(row + d) : load_n(row + d, cols - d)));
+    return !any(bad);
   }
 
   void store_queries(const Head& s, const Lanes& lanes, int64_t chunk) {

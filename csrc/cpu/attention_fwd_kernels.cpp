@@ -131,19 +131,25 @@ struct Forward {
     vf top[kVecs];
     for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
     const float* q = qt + index * kM * cells;
+    int64_t before = (cells - 1) / kChain * kChain;  // cells that earlier, shorter chains have summed
+    if (before > 0) product_rows<Cells>(k, tiles.k_ld, q, kM, count, before, scores, kM, false);
     for (int64_t n = 0; n < count; n += kRows) {
       float* to = scores + n * kM;
       k_ahead.fetch(step_rows);
       v_ahead.fetch(step_rows);
       q_ahead.fetch(step_rows);
+      const float *a = k + n * tiles.k_ld + before, *b = q + before * kM;
+      auto whole = [&](int i, int v, vf x) { return before > 0 ? x + load(to + i * kM + v * VL) : x; };
       if (banded && (n < plain_begin || n + kRows > plain_end))
-        block_product<Cells>(k + n * tiles.k_ld, tiles.k_ld, 1, q, kM, cells, [&](int i, int v, vf x) {
+        block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, [&](int i, int v, vf x) {
+          x = whole(i, v, x);
           x = band.cut(v, n + i, x);
           store(to + i * kM + v * VL, x);
           top[v] = max(top[v], x);
         });
       else
-        block_product<Cells>(k + n * tiles.k_ld, tiles.k_ld, 1, q, kM, cells, [&](int i, int v, vf x) {
+        block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, [&](int i, int v, vf x) {
+          x = whole(i, v, x);
           store(to + i * kM + v * VL, x);
           top[v] = max(top[v], x);
         });

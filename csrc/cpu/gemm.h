@@ -62,10 +62,15 @@ FASTATTN_INLINE void block_product(const float* a, int64_t row, int64_t col, con
 // halves the error of long sums for the price of one addition per vector.
 FASTATTN_INLINE void add_to(float* c, vf x) { store(c, load(c) + x); }
 
+// Longer chains of additions are cut: the rounding of one chain grows with its length (headdim 576 broke the law).
+constexpr int64_t kChain = 128;
+
 // C[rows][kM] = A B for `rows` a multiple of kRows; A row-major [rows][lda].
 template <class Cells>
-FASTATTN_INLINE void product_rows(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t count,
+static void product_rows(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t count,
                                   float* c, int64_t ldc, bool accumulate) {
+  for (; count > kChain; count -= kChain, a += kChain, b += kChain * ldb, accumulate = true)
+    product_rows<Cells>(a, lda, b, ldb, rows, kChain, c, ldc, accumulate);
   for (int64_t r = 0; r < rows; r += kRows, a += kRows * lda, c += kRows * ldc) {
     if (accumulate)
       block_product<Cells>(a, lda, 1, b, ldb, count, [&](int i, int v, vf x) { add_to(c + i * ldc + v * VL, x); });

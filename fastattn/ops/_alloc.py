@@ -17,15 +17,16 @@ THRESHOLD = 32 << 20
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 6}  # csrc/tensor.h, Dtype
 
 
-def _large(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
-    if device.type != "cpu" or dtype not in _CODES or numel * dtype.itemsize < THRESHOLD or native.error() is not None:
+def _cached(dtype: torch.dtype, device: torch.device) -> bool:
+    """Does the cache serve this kind of tensor, and is it on?"""
+    if device.type != "cpu" or dtype not in _CODES or native.error() is not None:
         return False
     return native.module().hugepages() and native.module().has_exchange_api()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised contiguous tensor."""
-    if _large(math.prod(shape), dtype, device):
+    if math.prod(shape) * dtype.itemsize >= THRESHOLD and _cached(dtype, device):
         stride, numel = [1] * len(shape), 1
         for i in range(len(shape) - 1, -1, -1):
             stride[i], numel = numel, numel * shape[i]
@@ -35,7 +36,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor with x's shape and order of strides, as torch.empty_like gives."""
-    if _large(x.numel(), x.dtype, x.device):
+    if x.numel() * x.element_size() >= THRESHOLD and _cached(x.dtype, x.device):
         stride = torch.empty_like(x, device="meta").stride()
         return native.module().empty(list(x.shape), _CODES[x.dtype], list(stride))
     return torch.empty_like(x)

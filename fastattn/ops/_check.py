@@ -39,7 +39,7 @@ def shape(op: str, argument: str, tensor: torch.Tensor, expected: tuple[Any, ...
 
 
 def unit_last_stride(op: str, argument: str, tensor: torch.Tensor) -> None:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
         fail(op, argument, "a tensor with unit last stride (call .contiguous())", f"strides {tuple(tensor.stride())}")
 
 

@@ -1,13 +1,15 @@
 """The short road of small eager calls: one native call that reads the tensors, checks, allocates and computes.
 
-A decoding step calls norms and RoPE hundreds of times on one token, where the ordinary road (specification, choice of a
-backend, Op) costs more than the arithmetic. The rooms of `layer_norm`, `rms_norm` and `rope` therefore ask `plain` first;
-when it says yes they call their `*_eager` door, which answers None to anything that it does not know by heart. Then, and
-for every call that is not plain, the ordinary road serves the call or raises the error in the user's words. Both roads end
-in the same kernel, so they cannot disagree.
+A decoding step calls norms and RoPE hundreds of times on one token, where the ordinary road (specification, choice of
+a backend, Op) costs more than the arithmetic. The rooms of `layer_norm`, `rms_norm` and `rope` therefore ask `plain`
+first; when it says yes they call their `*_eager` door, which answers None to anything that it does not know by heart.
+Then, and for every call that is not plain, the ordinary road serves the call or raises the error in the user's words.
+Both roads end in the same kernel, so they cannot disagree.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -23,11 +25,11 @@ _scoped_backend = _dispatch._scoped_backend.get
 _plain_types = (torch.Tensor, torch.nn.Parameter)
 
 # None when the native module is absent. FASTATTN_BACKEND is read once, at import, like every variable.
-door = None if native.error() is not None or env.BACKEND is not None else native.module()
+door: Any = None if native.error() is not None or env.BACKEND is not None else native.module()
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """True when nothing but the tensors' data decides the result: no tracing, mode, subclass, gradient or forced backend."""
+    """True when the tensors' data alone decide the result: no tracing, mode, subclass, gradient or forced backend."""
     if _compiling() or door is None or _dispatch_modes() or _functorch_active() or _explaining() or _scoped_backend():
         return False
     grad = _grad_enabled()

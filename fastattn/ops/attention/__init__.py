@@ -40,7 +40,7 @@ def attention(
 ) -> Any:
     """o = softmax(scale · q kᵀ + bias) v over the keys a query may see, without storing the scores.
 
-    q             [batch, seqlen_q, nheads, headdim] float32, bfloat16, float16 or float64; any strides, the last being 1
+    q             [batch, seqlen_q, nheads, headdim] float32, bfloat16, float16 or float64; any strides, unit last
     k, v          [batch, seqlen_k, nheads_k, headdim] and [..., headdim_v], as q; nheads_k divides nheads (GQA, MQA)
     causal        True: query m sees key n when n <= m + seqlen_k - seqlen_q; "upper_left": when n <= m
     window        (left, right): also m + offset - left <= n <= m + offset + right around that diagonal (bottom-right
@@ -52,14 +52,14 @@ def attention(
     alibi_slopes  [nheads] or [batch, nheads] float32: score - slope · |m + offset - n|
     sinks         [nheads] float32 or q's dtype: one more logit per head in the denominator
     dropout_p     in [0, 1): probabilities are dropped by a counter-based generator seeded from torch's
-    cu_seqlens_q  [batch + 1] int32: q, k, v are packed, [total, nheads, headdim]; sequence i is rows cu[i] to cu[i + 1].
+    cu_seqlens_q  [batch + 1] int32: q, k, v are packed, [total, nheads, headdim]; sequence i is rows cu[i] : cu[i + 1].
                   cu_seqlens_k=None is that of q; max_seqlen_q, max_seqlen_k bound the lengths, computed when None
     deterministic bit-reproducible gradients; None follows torch.use_deterministic_algorithms. On a CPU always
     backend       force one of "cpu", "reference", ... for the forward and its backward
 
     Returns o [batch, seqlen_q, nheads, headdim_v] in q's dtype, contiguous; with return_lse also lse [batch, nheads,
     seqlen_q] ([nheads, total_q] packed), float32 (float64 for float64), natural log, sink included.
-    A query that sees no key has o = 0, lse = -inf and zero gradient; what it may not see has no influence, NaN included.
+    A query that sees no key has o = 0, lse = -inf and zero gradient; what it may not see does not matter, even NaN.
     Differentiable in q, k, v, bias and sinks, through o and through lse. Under autocast q, k, v are cast like SDPA's.
     Raises ValueError when an argument is wrong, UnsupportedError with each backend's reasons when none takes the call.
 
@@ -157,8 +157,8 @@ def attention_weights(
     the other arguments as they were in that call; sinks are in lse already
 
     Returns [batch, nheads, seqlen_q, seqlen_k] in q's dtype, 0 for pairs that are not visible and for empty rows.
-    Differentiable in q, k, bias and lse, each an argument of its own: with the lse of `attention` the two gradients add up
-    to that of the softmax. The backward is plain PyTorch on every backend.
+    Differentiable in q, k, bias and lse, each an argument of its own: with the lse of `attention` their gradients add
+    up to that of the softmax. The backward is plain PyTorch on every backend.
     Raises ValueError when an argument is wrong, UnsupportedError when no backend takes the call.
 
     >>> o, lse = fastattn.attention(q, k, v, return_lse=True)
@@ -179,7 +179,8 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     Returns o in o_a's dtype and lse, float32 (float64 for float64). Two empty parts give o = 0, lse = -inf.
     Differentiable in all four. Raises ValueError when shapes or devices do not fit each other.
 
-    >>> o, lse = fastattn.merge_attention(*attention(q, k1, v1, return_lse=True), *attention(q, k2, v2, return_lse=True))
+    >>> parts = [fastattn.attention(q, k, v, return_lse=True) for k, v in ((k1, v1), (k2, v2))]
+    >>> o, lse = fastattn.merge_attention(*parts[0], *parts[1])
     """
     name = "merge_attention"
     for argument, t in (("o_a", o_a), ("lse_a", lse_a), ("o_b", o_b), ("lse_b", lse_b)):
@@ -222,7 +223,12 @@ def scaled_dot_product_attention(
     for argument, t in (("query", query), ("key", key), ("value", value)):
         is_tensor(name, argument, t)
         if t.dim() not in (3, 4) or t.dim() != query.dim():
-            fail(name, argument, "[batch, nheads, seqlen, headdim] or [nheads, seqlen, headdim] like query", tuple(t.shape))
+            fail(
+                name,
+                argument,
+                "[batch, nheads, seqlen, headdim] or [nheads, seqlen, headdim] like query",
+                tuple(t.shape),
+            )
     if is_causal and attn_mask is not None:
         fail(name, "attn_mask", "None when is_causal is set", "a mask")
     if not enable_gqa and key.shape[-3] != query.shape[-3]:

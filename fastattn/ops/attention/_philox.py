@@ -1,4 +1,4 @@
-"""Dropout's random bits: Philox4x32-10, counter-based, so that every backend, tile and recomputation drops the same pairs.
+"""Dropout's random bits: Philox4x32-10, counter-based, so that every backend, tile size and recomputation drops alike.
 
 Salmon, Moraes, Dror, Shaw, Parallel Random Numbers: As Easy as 1, 2, 3, SC11. This file is the definition; the kernels
 follow it. With philox = (seed, offset) the word of query m and key n of (batch, head) is output word n & 3 of

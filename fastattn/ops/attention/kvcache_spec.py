@@ -103,9 +103,9 @@ def check_kvcache(
             if tensor is not None and tensor.requires_grad:
                 fail(OP, name, "without gradient (a cache is for inference: use torch.no_grad())", "requires_grad=True")
     return KVCacheSpec(
-        q.dtype, q.device.type, batch, nheads, nheads_k, seqlen_q, capacity, headdim, headdim_v, left, right, upper_left, scale,
-        softcap, alibi_slopes is not None, sinks is not None, seqlen_new, None if block_table is None else slots, rotary_dim,
-        interleaved, num_splits,
+        q.dtype, q.device.type, batch, nheads, nheads_k, seqlen_q, capacity, headdim, headdim_v, left, right,
+        upper_left, scale, softcap, alibi_slopes is not None, sinks is not None, seqlen_new,
+        None if block_table is None else slots, rotary_dim, interleaved, num_splits,
     )  # fmt: skip
 
 
@@ -129,7 +129,9 @@ def _check_block_table(block_table: Tensor | None, batch: int, blocks: int, slot
     if has_data(block_table) and block_table.numel() > 0:
         low, high = (int(x) for x in block_table.aminmax())
         if low < 0 or high >= blocks:
-            fail(OP, "block_table", f"between 0 and {blocks - 1} (k_cache has {blocks} blocks)", low if low < 0 else high)
+            fail(
+                OP, "block_table", f"between 0 and {blocks - 1} (k_cache has {blocks} blocks)", low if low < 0 else high
+            )
     return block_table.shape[1] * slots
 
 
@@ -162,7 +164,9 @@ def _check_seqlens(cache_seqlens: Tensor, batch: int, seqlen_new: int, capacity:
             fail(OP, "cache_seqlens", room, max(values))
 
 
-def _check_rope(cos: Tensor | None, sin: Tensor | None, k: Tensor | None, cache_seqlens: Tensor, q: Tensor) -> int | None:
+def _check_rope(
+    cos: Tensor | None, sin: Tensor | None, k: Tensor | None, cache_seqlens: Tensor, q: Tensor
+) -> int | None:
     """The rotary dimension, None without RoPE."""
     if cos is None and sin is None:
         return None
@@ -181,7 +185,12 @@ def _check_rope(cos: Tensor | None, sin: Tensor | None, k: Tensor | None, cache_
             fail(OP, name, "[seqlen, rotary_dim / 2], the same for cos and sin", tuple(table.shape))
         unit_last_stride(OP, name, table)
     if not 0 < 2 * cos.shape[1] <= q.shape[3]:
-        fail(OP, "cos", f"[seqlen, rotary_dim / 2] with rotary_dim at most the headdim of q ({q.shape[3]})", tuple(cos.shape))
+        fail(
+            OP,
+            "cos",
+            f"[seqlen, rotary_dim / 2] with rotary_dim at most the headdim of q ({q.shape[3]})",
+            tuple(cos.shape),
+        )
     if has_data(cache_seqlens) and cache_seqlens.numel() > 0:
         last = int(cache_seqlens.max()) + q.shape[1]
         if last > cos.shape[0]:

@@ -1,11 +1,11 @@
 """The operators of this room: what autograd, torch.compile and export see. `__init__.py` has the public functions.
 
-    fastattn::attention_fwd        (o, lse)                          differentiable through attention_bwd
-    fastattn::attention_bwd        (dq, dk, dv, dbias, dsinks)       the last two are empty unless asked for
-    fastattn::attention_weights    [batch, nheads, seqlen_q, seqlen_k]
-    fastattn::attention_weights_bwd                                  plain PyTorch on every backend
-    fastattn::attention_kvcache    (o, lse)                          reads the caches
-    fastattn::attention_kvcache_append                               the same, after writing k, v into them
+fastattn::attention_fwd        (o, lse)                          differentiable through attention_bwd
+fastattn::attention_bwd        (dq, dk, dv, dbias, dsinks)       the last two are empty unless asked for
+fastattn::attention_weights    [batch, nheads, seqlen_q, seqlen_k]
+fastattn::attention_weights_bwd                                  plain PyTorch on every backend
+fastattn::attention_kvcache    (o, lse)                          reads the caches
+fastattn::attention_kvcache_append                               the same, after writing k, v into them
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _empty = torch.empty
 
 _OPTIONS = "int? left, int? right, bool upper_left, float? scale, float? softcap"
 _FORWARD = (
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, "
-    f"Tensor? cu_seqlens_k, Tensor? philox, SymInt? max_seqlen_q, SymInt? max_seqlen_k, {_OPTIONS}, float dropout_p, "
-    "bool? deterministic, str? backend"
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
+    f"Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? philox, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    f"{_OPTIONS}, float dropout_p, bool? deterministic, str? backend"
 )
 _NUM_FORWARD = 20
 _BIAS, _SINKS = 4, 6  # among the arguments of the forward
@@ -44,7 +44,23 @@ def _check(q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, 
     if dropout_p and (philox is None or philox.dtype != torch.int64 or philox.shape != (2,)):
         fail("attention", "philox", "the int64 pair (seed, offset) because dropout_p is given", philox)
     return check_attention(
-        q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, max_q, max_k, left, right, upper_left, scale, softcap, dropout_p
+        q,
+        k,
+        v,
+        mask,
+        bias,
+        alibi_slopes,
+        sinks,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        left,
+        right,
+        upper_left,
+        scale,
+        softcap,
+        dropout_p,
     )
 
 
@@ -64,12 +80,14 @@ def _forward(
     dropout_p, deterministic, backend,
 ):  # fmt: skip
     spec = _check(
-        q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right, upper_left, scale, softcap,
-        dropout_p,
+        q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right, upper_left, scale,
+        softcap, dropout_p,
     )  # fmt: skip
     chosen = choose("attention", BACKENDS, spec, backend)
     o, lse = _outputs(spec, q)
-    chosen.impl.forward(spec, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_q, cu_q if cu_k is None else cu_k, philox)
+    chosen.impl.forward(
+        spec, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_q, cu_q if cu_k is None else cu_k, philox
+    )
     return o, lse
 
 
@@ -113,7 +131,9 @@ def _check_backward(do, dlse, o, lse, q, *args) -> AttentionSpec:
     return spec
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor, bias: Any, sinks: Any, needs_dbias: bool, needs_dsinks: bool) -> tuple[Any, ...]:
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, sinks: Any, needs_dbias: bool, needs_dsinks: bool
+) -> tuple[Any, ...]:
     """dq, dk, dv uninitialised and contiguous; dbias and dsinks in the statistics dtype, zeroed, or None."""
     wide = _statistics(q)
     dbias = q.new_zeros(bias.shape, dtype=wide) if needs_dbias else None
@@ -131,18 +151,18 @@ def _unit_last(t: Tensor) -> Tensor:
 
 
 def _bwd_forward(
-    do, dlse, o, lse, q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right, upper_left,
-    scale, softcap, dropout_p, deterministic, backend, needs_dbias, needs_dsinks,
+    do, dlse, o, lse, q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right,
+    upper_left, scale, softcap, dropout_p, deterministic, backend, needs_dbias, needs_dsinks,
 ):  # fmt: skip
     spec = _check_backward(
-        do, dlse, o, lse, q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right, upper_left,
-        scale, softcap, dropout_p, deterministic, backend, needs_dbias, needs_dsinks,
+        do, dlse, o, lse, q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right,
+        upper_left, scale, softcap, dropout_p, deterministic, backend, needs_dbias, needs_dsinks,
     )  # fmt: skip
     chosen = choose("attention_bwd", BACKENDS, spec, backend)
     dq, dk, dv, dbias, dsinks = _gradients(q, k, v, bias, sinks, needs_dbias, needs_dsinks)
     chosen.impl.backward(
-        spec, _unit_last(do), None if dlse is None else _unit_last(dlse), q, k, v, _unit_last(o), _unit_last(lse), mask, bias,
-        alibi_slopes, sinks, cu_q, cu_q if cu_k is None else cu_k, philox, dq, dk, dv, dbias, dsinks,
+        spec, _unit_last(do), None if dlse is None else _unit_last(dlse), q, k, v, _unit_last(o), _unit_last(lse),
+        mask, bias, alibi_slopes, sinks, cu_q, cu_q if cu_k is None else cu_k, philox, dq, dk, dv, dbias, dsinks,
     )  # fmt: skip
     return dq, dk, dv, _returned(dbias, bias, q), _returned(dsinks, sinks, q)
 
@@ -182,10 +202,29 @@ attention_fwd = Op(
 )
 
 
-def _check_weights(q, k, lse, mask, bias, alibi_slopes, left, right, upper_left, scale, softcap, *_backend) -> AttentionSpec:
+def _check_weights(
+    q, k, lse, mask, bias, alibi_slopes, left, right, upper_left, scale, softcap, *_backend
+) -> AttentionSpec:
     op = "attention_weights"
     spec = check_attention(
-        q, k, k, mask, bias, alibi_slopes, None, None, None, None, None, left, right, upper_left, scale, softcap, 0.0, op=op
+        q,
+        k,
+        k,
+        mask,
+        bias,
+        alibi_slopes,
+        None,
+        None,
+        None,
+        None,
+        None,
+        left,
+        right,
+        upper_left,
+        scale,
+        softcap,
+        0.0,
+        op=op,
     )
     same_device(op, "lse", lse, "q", q.device)
     same_dtype(op, "lse", lse, "statistics", _statistics(q))
@@ -260,8 +299,8 @@ def _kvcache_outputs(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kvcache_forward(
-    q, k_cache, v_cache, cache_seqlens, k, v, block_table, cos, sin, alibi_slopes, sinks, interleaved, left, right, upper_left,
-    scale, softcap, num_splits, backend,
+    q, k_cache, v_cache, cache_seqlens, k, v, block_table, cos, sin, alibi_slopes, sinks, interleaved, left, right,
+    upper_left, scale, softcap, num_splits, backend,
 ):  # fmt: skip
     spec = check_kvcache(
         q, k_cache, v_cache, cache_seqlens, k, v, block_table, cos, sin, alibi_slopes, sinks, interleaved, left, right,
@@ -284,9 +323,9 @@ def _kvcache_fake(q, k_cache, v_cache, *args):
 
 def _kvcache_schema(name: str, mark: str) -> str:
     return (
-        f"{name}(Tensor q, Tensor{mark.format('a')} k_cache, Tensor{mark.format('b')} v_cache, Tensor cache_seqlens, Tensor? k, "
-        "Tensor? v, Tensor? block_table, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, Tensor? sinks, bool interleaved, "
-        f"{_OPTIONS}, SymInt? num_splits, str? backend) -> (Tensor, Tensor)"
+        f"{name}(Tensor q, Tensor{mark.format('a')} k_cache, Tensor{mark.format('b')} v_cache, Tensor cache_seqlens, "
+        "Tensor? k, Tensor? v, Tensor? block_table, Tensor? cos, Tensor? sin, Tensor? alibi_slopes, Tensor? sinks, "
+        f"bool interleaved, {_OPTIONS}, SymInt? num_splits, str? backend) -> (Tensor, Tensor)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: any device, any dtype, every option, differentiable. The law that every kernel is held to.
+"""Attention in plain PyTorch: any device, any dtype, every option, differentiable. Kernels are held to this law.
 
 The signatures are those of the public functions; `backend`, `deterministic` and `num_splits` are accepted and mean
 nothing here. In float64 this is the truth; in a lower dtype it rounds where plain PyTorch code would (products in the
@@ -124,7 +124,9 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     total = weight_a + weight_b
     empty = total == 0
     total = total.where(~empty, 1)
-    share_a, share_b = ((w / total).transpose(-1, -2).unsqueeze(-1) for w in (weight_a, weight_b))  # [.., seqlen, heads, 1]
+    share_a, share_b = (
+        (w / total).transpose(-1, -2).unsqueeze(-1) for w in (weight_a, weight_b)
+    )  # [.., seqlen, heads, 1]
     o = share_a * o_a.to(wide) + share_b * o_b.to(wide)
     return o.to(o_a.dtype), (top + total.log()).where(~empty, float("-inf"))
 
@@ -210,7 +212,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, first: int, interleaved: bool) -
     return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
 
 
-def _slots(cache: Tensor, block_table: Tensor | None, i: int, first: int, count: int) -> tuple[Tensor | int, Tensor | slice]:
+def _slots(
+    cache: Tensor, block_table: Tensor | None, i: int, first: int, count: int
+) -> tuple[Tensor | int, Tensor | slice]:
     """The index of slots [first, first + count) of sequence i."""
     if block_table is None:
         return i, slice(first, first + count)

@@ -1,10 +1,11 @@
-"""What an attention call must be. Runs in the op and in its fake alike, so eager and compiled code raise the same sentence.
+"""What an attention call must be. Runs in the op and in its fake, so eager and compiled code raise the same sentence.
 
 The happy path touches each attribute once; only when something is wrong does a `_fail_*` look for the exact words.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -139,8 +140,8 @@ def check_attention(
     if sinks is not None:
         check_sinks(op, sinks, nheads, device, dtype)
     return AttentionSpec(
-        dtype, device.type, batch, nheads, nheads_k, seqlen_q, seqlen_k, headdim, headdim_v, packed, left, right, upper_left,
-        scale, softcap, mask is not None, bias is not None, alibi_slopes is not None, sinks is not None, dropout_p,
+        dtype, device.type, batch, nheads, nheads_k, seqlen_q, seqlen_k, headdim, headdim_v, packed, left, right,
+        upper_left, scale, softcap, mask is not None, bias is not None, alibi_slopes is not None, sinks is not None, dropout_p,
     )  # fmt: skip
 
 
@@ -246,7 +247,7 @@ def _check_cu_seqlens(op: str, name: str, t: Tensor, total: int, of: str, device
     if not has_data(t):
         return None
     values = t.tolist()
-    lengths = [after - before for before, after in zip(values, values[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(values)]
     if values[0] != 0 or values[-1] != total or min(lengths, default=0) < 0:
         fact = values if len(values) <= 16 else f"{values[:16]}..."
         fail(op, name, f"non-decreasing from 0 to the rows of {of} ({total})", fact)

@@ -24,7 +24,7 @@ def layer_norm(
     weight    [cols] of x's dtype or float32; None is 1
     bias      [cols] of weight's dtype; None is 0
     eps       at least 0, added to the (biased) variance
-    residual  like x; then x + residual, rounded to x's dtype, is what is normalised, and is returned too (pre-norm blocks)
+    residual  like x; then x + residual, rounded to x's dtype, is what is normalised, and is returned too
 
     Statistics and arithmetic are float32 (float64 for float64), rounded to x's dtype once, at the end.
     Returns y, contiguous, of x's shape and dtype; with residual the pair (y, x + residual).

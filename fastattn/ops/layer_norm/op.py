@@ -56,8 +56,8 @@ def _backward_fake(dy, dsum, x, weight, bias, mean, rstd, eps, wants_dweight, wa
 
 
 layer_norm_bwd = Op(
-    "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, float eps, "
-    "bool wants_dweight, bool wants_dbias, str? backend) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "float eps, bool wants_dweight, bool wants_dbias, str? backend) -> (Tensor, Tensor, Tensor)",
     _backward_forward,
     _backward_fake,
 )

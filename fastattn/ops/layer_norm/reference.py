@@ -13,7 +13,7 @@ def layer_norm(
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, in float32 (float64 for float64), rounded once at the end."""
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, in float32 (float64 for float64), rounded at the end."""
     total = x if residual is None else x + residual
     y = _normalise(total, weight, bias, eps)[0]
     return y if residual is None else (y, total)
@@ -46,11 +46,12 @@ def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def backward(dy, dsum, x, weight, bias, mean, rstd, eps, wants_dweight, wants_dbias):
-    """dx, dweight, dbias by autograd through the formula; the saved float32 statistics would cost float64 its accuracy."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+    """dx, dweight, dbias by autograd through the formula; the saved float32 statistics would cost float64 digits."""
+    x, weight, bias = (None if t is None else t.detach().requires_grad_() for t in (x, weight, bias))
     with torch.enable_grad():
-        y = _normalise(*leaves, eps)[0]
-    wanted = [leaves[0], leaves[1] if wants_dweight else None, leaves[2] if wants_dbias else None]
+        y = _normalise(x, weight, bias, eps)[0]
+    wanted = (x, weight if wants_dweight else None, bias if wants_dbias else None)
     grads = iter(torch.autograd.grad(y, [t for t in wanted if t is not None], dy))
-    dx, dweight, dbias = (None if t is None else next(grads) for t in wanted)
+    dx = next(grads)
+    dweight, dbias = (next(grads) if wants else None for wants in (wants_dweight, wants_dbias))
     return (dx if dsum is None else dx + dsum).contiguous(), dweight, dbias

@@ -45,9 +45,9 @@ def forward(x, weight, residual, eps, weight_offset, rounding):
 
 def backward(dy, dsum, x, weight, rstd, eps, weight_offset, rounding, wants_dweight):
     """dx, dweight by autograd through the formula; the saved float32 statistics would cost float64 its accuracy."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight)]
+    x, weight = (None if t is None else t.detach().requires_grad_() for t in (x, weight))
     with torch.enable_grad():
-        y = _normalise(*leaves, eps, weight_offset, rounding)[0]
-    grads = torch.autograd.grad(y, leaves if wants_dweight else leaves[:1], dy)
-    dx = grads[0] if dsum is None else grads[0] + dsum
-    return dx.contiguous(), grads[1] if wants_dweight else None
+        y = _normalise(x, weight, eps, weight_offset, rounding)[0]
+    dx, *dweight = torch.autograd.grad(y, [x, weight] if wants_dweight else [x], dy)
+    dx = dx if dsum is None else dx + dsum
+    return dx.contiguous(), dweight[0] if wants_dweight else None

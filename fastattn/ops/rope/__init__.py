@@ -28,10 +28,10 @@ def rope(
     position_ids  [batch, seqlen] or [seqlen] ([total] packed), int32 or int64: the row of cos and sin of each position;
                   None takes the first seqlen rows
 
-    Arithmetic is float32 (float64 for float64), rounded once. Returns a tensor of x's shape, dtype and order of strides.
-    Differentiable in x; a table that requires grad is an error.
-    Raises ValueError when an argument is wrong (an id outside the table included), UnsupportedError when a forced backend
-    does not take the call.
+    Arithmetic is float32 (float64 for float64), rounded once. Returns a tensor of x's shape, dtype and order of
+    strides. Differentiable in x; a table that requires grad is an error.
+    Raises ValueError when an argument is wrong (an id outside the table included), UnsupportedError when a forced
+    backend does not take the call.
 
     >>> cos, sin = fastattn.ops.rope.tables.plain(seqlen, headdim)
     >>> q = fastattn.rope(q, cos, sin)
@@ -63,7 +63,7 @@ def rope_qk(
 
     >>> q, k = fastattn.rope_qk(q, k, cos, sin, position_ids=position_ids)
     """
-    if _eager.plain(q, k, cos, sin, position_ids):
+    if k is not None and _eager.plain(q, k, cos, sin, position_ids):
         threads = torch.get_num_threads()
         pair = _eager.door.rope_eager(q, k, cos, sin, position_ids, interleaved, threads)
         if pair is not None:

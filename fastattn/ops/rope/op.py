@@ -1,4 +1,4 @@
-"""The operators fastattn::rope and fastattn::rope_qk. The backward of a rotation is the rotation by the negative angle."""
+"""The operators fastattn::rope and fastattn::rope_qk. The backward of a rotation is the one by the negative angle."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def _backward_qk(ctx, dq, dk):
 
 
 rope = Op(
-    "rope(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse, str? backend) -> Tensor",
+    "rope(Tensor x, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse, str? backend) "
+    "-> Tensor",
     _forward,
     _fake,
     save=_save,

@@ -36,8 +36,8 @@ def rope_qk(
     position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rope of q and of k with the same tables."""
-    options = {"interleaved": interleaved, "position_ids": position_ids}
-    return rope(q, cos, sin, **options), rope(k, cos, sin, **options)
+    turned = (rope(t, cos, sin, interleaved=interleaved, position_ids=position_ids) for t in (q, k))
+    return next(turned), next(turned)
 
 
 def _rows_for(x: torch.Tensor, table: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:

@@ -32,7 +32,7 @@ class RopeSpec:
 
 
 def check_tensors(op: str, x: Any, cos: Any, sin: Any, position_ids: Any, *k: Any) -> None:
-    """Before the Op, whose schema would complain in torch's words."""
+    """What only the public function can see: before the Op, whose schema would complain in torch's words."""
     named = {"q" if k else "x": x, "cos": cos, "sin": sin}
     if k:
         named["k"] = k[0]
@@ -40,6 +40,9 @@ def check_tensors(op: str, x: Any, cos: Any, sin: Any, position_ids: Any, *k: An
         named["position_ids"] = position_ids
     for name, tensor in named.items():
         _check.is_tensor(op, name, tensor)
+        if name in ("cos", "sin") and tensor.requires_grad and torch.is_grad_enabled():
+            expectation = "a table without gradient (use fastattn.reference.rope to train it)"
+            _check.fail(op, name, expectation, "requires_grad=True")
 
 
 def check_rope(
@@ -109,8 +112,6 @@ def _table(op: str, name: str, table: torch.Tensor, of: str, x: torch.Tensor) ->
         if table.shape[0] != 1 and table.shape[0] != batch:
             _check.fail(op, name, f"of batch 1 or that of {of} ({batch})", table.shape[0])
     _check.unit_last_stride(op, name, table)
-    if table.requires_grad and torch.is_grad_enabled():
-        _check.fail(op, name, "a table without gradient (use fastattn.reference.rope to train it)", "requires_grad=True")
 
 
 def _positions(op: str, of: str, ids: torch.Tensor, x: torch.Tensor) -> None:

@@ -139,13 +139,13 @@ def longrope(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tables:
-    """One factor per pair, `long_factor` once seqlen exceeds `original_seqlen` (Ding et al., LongRoPE, arXiv:2402.13753).
+    """One factor per pair, `long_factor` once seqlen exceeds `original_seqlen` (Ding et al., arXiv:2402.13753).
 
     `factor` is the ratio of the model's longest sequence to `original_seqlen`; it sets the temperature.
     """
-    for name, factors in (("short_factor", short_factor), ("long_factor", long_factor)):
-        if len(factors) != rotary_dim // 2:
-            _check.fail("longrope", name, f"rotary_dim / 2 ({rotary_dim // 2}) numbers", len(factors))
+    for name, given in (("short_factor", short_factor), ("long_factor", long_factor)):
+        if len(given) != rotary_dim // 2:
+            _check.fail("longrope", name, f"rotary_dim / 2 ({rotary_dim // 2}) numbers", len(given))
     if attention_factor is None:
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_seqlen))
     chosen = long_factor if seqlen > original_seqlen else short_factor
