@@ -86,12 +86,13 @@ def markdown_table(rows: Iterable[Row]) -> str:
 
 
 def notes(rows: Iterable[Row]) -> list[str]:
-    """Every absence, failure and wrong result, each with its reason, once."""
-    found: dict[str, None] = {}
+    """Every absence, failure and wrong result with its reason; places that share a reason share a line."""
+    found: dict[tuple[str, str, str], dict[str, None]] = {}
     for row in rows:
         if row.status != "ok":
-            found.setdefault(f"{row.contender} is {row.status} in {row.room}, {row.row} ({row.dtype}): {row.reason}")
-    return list(found)
+            places = found.setdefault((row.contender, row.status, row.reason), {})
+            places.setdefault(f"{row.room} {row.row} {row.dtype}")
+    return [f"{name} {status} ({', '.join(places)}): {reason}" for (name, status, reason), places in found.items()]
 
 
 def markdown(machine: Machine, rows: Sequence[Row], plots: Sequence[str]) -> str:

@@ -114,7 +114,8 @@ class Cache {
     char* begin = static_cast<char*>(mapped);
     char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage);
     if (aligned != begin) munmap(begin, static_cast<size_t>(aligned - begin));
-    if (char *end = aligned + bytes, *mapped_end = begin + total; end != mapped_end) munmap(end, static_cast<size_t>(mapped_end - end));
+    if (char *end = aligned + bytes, *mapped_end = begin + total; end != mapped_end)
+      munmap(end, static_cast<size_t>(mapped_end - end));
 #ifdef MADV_HUGEPAGE
     madvise(aligned, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
@@ -169,10 +170,13 @@ PyObject* empty_huge_tensor(int ndim, const int64_t* shape, Dtype dtype, const i
 }
 
 void bind_hugepages(py::module_& m) {
-  m.def("set_hugepages", [](bool on) {
-    cache().enabled = on;
-    if (!on) cache().release_all();
-  }, "Whether outputs of 32 MB and more come from the cache of huge pages.");
+  m.def(
+      "set_hugepages",
+      [](bool on) {
+        cache().enabled = on;
+        if (!on) cache().release_all();
+      },
+      "Whether outputs of 32 MB and more come from the cache of huge pages.");
   m.def("hugepages", [] { return cache().enabled; });
   m.def("hugepage_threshold", [] { return kHugeTensorBytes; });
   m.def("hugepage_bound", [] { return cache().bound; }, "How many bytes the cache keeps at most.");

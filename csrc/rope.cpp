@@ -51,8 +51,8 @@ void check_positions(const char* op, const View& v, int64_t rows) {
     for (int64_t j = 0; j < inner; ++j) {
       int64_t id = v.as<T>()[i * outer_stride + j * inner_stride];
       if (id < 0 || id >= rows)
-        throw py::value_error(std::string(op) + ": position_ids must be between 0 and " + std::to_string(rows - 1) +
-                              " (cos has " + std::to_string(rows) + " rows), got " + std::to_string(id));
+        throw py::value_error(std::string(op) + ": position_ids must be between 0 and " + std::to_string(rows - 1) + " (cos has " +
+                              std::to_string(rows) + " rows), got " + std::to_string(id));
     }
 }
 
@@ -74,7 +74,8 @@ bool set_positions(const char* op, const View& v, const Shape& shape, int64_t ro
 }
 
 // Fills everything but the outputs; false when a tensor is not as the contract says. k.ndim == 0: absent.
-bool set_inputs(const char* op, const View& q, const View& k, const View& cos, const View& sin, const View& positions, RopeParams* p) {
+bool set_inputs(const char* op, const View& q, const View& k, const View& cos, const View& sin, const View& positions,
+                RopeParams* p) {
   if (!is_rotatable(q)) return false;
   Shape shape = shape_of(q);
   const View* views[2] = {&q, &k};
@@ -82,7 +83,8 @@ bool set_inputs(const char* op, const View& q, const View& k, const View& cos, c
     const View& v = *views[i];
     if (i == 1 && v.ndim == 0) continue;
     Shape s = shape_of(v);
-    if (!is_rotatable(v) || v.ndim != q.ndim || v.dtype != q.dtype || s.batch != shape.batch || s.seqlen != shape.seqlen) return false;
+    if (!is_rotatable(v) || v.ndim != q.ndim || v.dtype != q.dtype || s.batch != shape.batch || s.seqlen != shape.seqlen)
+      return false;
     p->tensor[i].x = v.data;
     p->tensor[i].nheads = s.nheads;
     p->tensor[i].headdim = s.headdim;
@@ -114,14 +116,16 @@ void run(const RopeParams& p) {
 void rope(const char* op, const View& q, const View& q_out, const View& k, const View& k_out, const View& cos, const View& sin,
           const View& positions, bool interleaved, bool inverse, int nthreads) {
   RopeParams p;
-  if (!set_inputs(op, q, k, cos, sin, positions, &p)) throw std::runtime_error(std::string(op) + ": the kernel got tensors against its contract");
+  if (!set_inputs(op, q, k, cos, sin, positions, &p))
+    throw std::runtime_error(std::string(op) + ": the kernel got tensors against its contract");
   p.tensor[0].y = q_out.data;
   set_stride(q_out, p.tensor[0].y_stride);
   if (k.ndim > 0) {
     p.tensor[1].y = k_out.data;
     set_stride(k_out, p.tensor[1].y_stride);
   }
-  if (!unit_last(q_out) || (k.ndim > 0 && !unit_last(k_out))) throw std::runtime_error(std::string(op) + ": an output must have unit last stride");
+  if (!unit_last(q_out) || (k.ndim > 0 && !unit_last(k_out)))
+    throw std::runtime_error(std::string(op) + ": an output must have unit last stride");
   p.interleaved = interleaved;
   p.inverse = inverse;
   p.nthreads = nthreads;
@@ -151,8 +155,9 @@ py::object empty_like(const View& x, RopeTensor* t) {
   return object;
 }
 
-py::object rope_eager(const py::handle& q_object, const py::handle& k_object, const py::handle& cos_object, const py::handle& sin_object,
-                      const py::handle& positions_object, const py::handle& interleaved, int nthreads) {
+py::object rope_eager(const py::handle& q_object, const py::handle& k_object, const py::handle& cos_object,
+                      const py::handle& sin_object, const py::handle& positions_object, const py::handle& interleaved,
+                      int nthreads) {
   View q, k, cos, sin, positions;
   RopeParams p;
   if (!PyBool_Check(interleaved.ptr())) return py::none();

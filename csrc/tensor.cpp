@@ -66,13 +66,20 @@ bool describe(const DLTensor& t, View* out) {
 
 DLDataType dlpack_dtype(Dtype t) {
   switch (t) {
-    case Dtype::f32: return {2, 32, 1};
-    case Dtype::bf16: return {4, 16, 1};
-    case Dtype::f16: return {2, 16, 1};
-    case Dtype::boolean: return {6, 8, 1};
-    case Dtype::i32: return {0, 32, 1};
-    case Dtype::f64: return {2, 64, 1};
-    default: return {0, 64, 1};
+    case Dtype::f32:
+      return {2, 32, 1};
+    case Dtype::bf16:
+      return {4, 16, 1};
+    case Dtype::f16:
+      return {2, 16, 1};
+    case Dtype::boolean:
+      return {6, 8, 1};
+    case Dtype::i32:
+      return {0, 32, 1};
+    case Dtype::f64:
+      return {2, 64, 1};
+    default:
+      return {0, 64, 1};
   }
 }
 
@@ -130,9 +137,13 @@ void bind_tensor(py::module_& m) {
     if (api->version.major == 1 && api->dltensor_from_py_object_no_sync != nullptr) exchange = api;
   });
   m.def("has_exchange_api", [] { return exchange != nullptr; });
-  m.def("empty", [](const std::vector<int64_t>& shape, int dtype, const std::vector<int64_t>& stride) {
-    return py::reinterpret_steal<py::object>(empty_tensor(static_cast<int>(shape.size()), shape.data(), static_cast<Dtype>(dtype), stride.data()));
-  }, "An uninitialised CPU tensor, of huge pages when it is large. Needs the exchange API.");
+  m.def(
+      "empty",
+      [](const std::vector<int64_t>& shape, int dtype, const std::vector<int64_t>& stride) {
+        return py::reinterpret_steal<py::object>(
+            empty_tensor(static_cast<int>(shape.size()), shape.data(), static_cast<Dtype>(dtype), stride.data()));
+      },
+      "An uninitialised CPU tensor, of huge pages when it is large. Needs the exchange API.");
   m.def("poison_outputs", [](bool on) { poison = on; }, "For tests: every output starts full of NaN.");
 }
 

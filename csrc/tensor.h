@@ -15,11 +15,15 @@ enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, boolean = 3, i32 = 4, i64 =
 inline int64_t size_of(Dtype t) {
   switch (t) {
     case Dtype::f32:
-    case Dtype::i32: return 4;
+    case Dtype::i32:
+      return 4;
     case Dtype::bf16:
-    case Dtype::f16: return 2;
-    case Dtype::boolean: return 1;
-    default: return 8;
+    case Dtype::f16:
+      return 2;
+    case Dtype::boolean:
+      return 1;
+    default:
+      return 8;
   }
 }
 

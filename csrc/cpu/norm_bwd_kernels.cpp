@@ -14,7 +14,7 @@ namespace FASTATTN_ISA {
 namespace {
 
 constexpr int kGroup = 4;
-constexpr int64_t kMaxBlocks = 64, kWorkspaceFloats = 4 << 20;
+constexpr int64_t kMaxBlocks = 64, kMinBlockRows = 32, kWorkspaceFloats = 4 << 20;
 constexpr int64_t kChunkPacks = 128;
 
 // float32, in pack order (rows.h), each row of `stride` elements.
@@ -24,12 +24,16 @@ struct Workspace {
   int64_t stride;
 };
 
-// Sums over a row, with v = x - mean: of v and g (when centred), and of g * v.
+// The largest |mean| * rstd up to which sums of g * x, less mean times those of g, serve for sums of g * (x - mean).
+template <class X>
+constexpr float kCancellation = sizeof(X) == 2 ? 16 : 2;
+
+// Sums over a row: of g (when centred) and of g * v, where v is x, or x - mean (when shifted, then of v too).
 struct Sums {
   double v, g, gv;
 };
 
-template <bool Centred, class X>
+template <bool Centred, bool Shifted, class X>
 FASTATTN_INLINE Sums row_sums(int64_t cols, const X* x, const X* dy, const float* weight, float mean) {
   typedef typename OrderOf<X>::order Order;
   typedef typename Order::pack pack;
@@ -45,11 +49,11 @@ FASTATTN_INLINE Sums row_sums(int64_t cols, const X* x, const X* dy, const float
     Chain a{none, none, none}, b = a;
     auto step = [&](Chain& to, int64_t j, auto n) __attribute__((always_inline)) {
       pack g = fetch(Order{}, dy + j, n) * take(Order{}, weight + j), v = fetch(Order{}, x + j, n);
-      if constexpr (Centred) {
+      if constexpr (Shifted) {
         v = first(v - m, n);
         to.v += v;
-        to.g += g;
       }
+      if constexpr (Centred) to.g += g;
       to.gv += g * v;
     };
     for (; i + 2 * W <= end; i += 2 * W) {
@@ -58,10 +62,8 @@ FASTATTN_INLINE Sums row_sums(int64_t cols, const X* x, const X* dy, const float
     }
     for (; i + W <= end; i += W) step(a, i, Whole{});
     if (i < end) step(b, i, end - i);
-    if constexpr (Centred) {
-      sums.v += reduce_add(a.v + b.v);
-      sums.g += reduce_add(a.g + b.g);
-    }
+    if constexpr (Shifted) sums.v += reduce_add(a.v + b.v);
+    if constexpr (Centred) sums.g += reduce_add(a.g + b.g);
     sums.gv += reduce_add(a.gv + b.gv);
   }
   return sums;
@@ -91,7 +93,8 @@ FASTATTN_INLINE bool regular(const Rows& rows, int64_t row) {
 }
 
 template <bool Centred, class X, int R>
-FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float* weight, float* dweight, float* dbias, bool around_cache) {
+FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float* weight, float* dweight, float* dbias,
+                               bool around_cache) {
   typedef typename OrderOf<X>::order Order;
   typedef typename Order::pack pack;
   const Group<X> x = group_of<X>(p.x, row, R), dy = group_of<X>(p.dy, row, R), dsum = group_of<X>(p.dsum, row, R);
@@ -101,8 +104,15 @@ FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float*
   bool adds = dsum.data != nullptr;
   for (int r = 0; r < R; ++r) {
     float m = Centred ? p.mean[row + r] : 0.0f, s = p.rstd[row + r];
-    Sums sums = row_sums<Centred>(cols, x.row(r), dy.row(r), weight, m);
-    double n = static_cast<double>(cols), left = sums.v / n;  // of the mean, which was rounded to float32
+    double n = static_cast<double>(cols), left = 0;  // of the mean, which was rounded to float32
+    Sums sums;
+    if (Centred && !(__builtin_fabsf(m) * s <= kCancellation<X>)) {
+      sums = row_sums<Centred, true>(cols, x.row(r), dy.row(r), weight, m);
+      left = sums.v / n;
+    } else {
+      sums = row_sums<Centred, false>(cols, x.row(r), dy.row(r), weight, 0.0f);
+      sums.gv -= m * sums.g;
+    }
     mean[r] = splat(m);
     rstd[r] = splat(s);
     shift[r] = splat(static_cast<float>(-left * s));
@@ -192,7 +202,7 @@ void blocks_bwd(const NormBwdParams& p) {
   if (blocks > kMaxBlocks) blocks = kMaxBlocks;
   if (blocks < 4) blocks = 4;
   int64_t per_block = (p.rows + blocks - 1) / blocks;
-  per_block = per_block > kGroup ? (per_block + kGroup - 1) / kGroup * kGroup : kGroup;
+  per_block = per_block > kMinBlockRows ? (per_block + kGroup - 1) / kGroup * kGroup : kMinBlockRows;
   blocks = (p.rows + per_block - 1) / per_block;
   float* scratch = static_cast<float*>(thread_scratch((1 + 2 * blocks) * stride * 4));
   Workspace work{scratch, scratch + stride, stride};

@@ -93,16 +93,19 @@ FASTATTN_INLINE Moments moments(int64_t cols, double eps, Once once, Again again
     left = exact - mean;
     if (!(exact * exact <= kCancellation<X> * variance)) {
       vf m = splat(mean);
-      sums = row_sums<Order>(cols, [&](int64_t i, auto count) __attribute__((always_inline)) { return first(again(i, count) - m, count); });
+      sums = row_sums<Order>(
+          cols, [&](int64_t i, auto count) __attribute__((always_inline)) { return first(again(i, count) - m, count); });
       left = sums.values / n;
       variance = sums.squares / n - left * left;
       if (variance < 0) variance = 0;
     }
   } else {
-    variance = row_sum<Order>(cols, [&](int64_t i, auto count) __attribute__((always_inline)) {
-      auto v = once(i, count);
-      return v * v;
-    }) / n;
+    variance = row_sum<Order>(cols,
+                              [&](int64_t i, auto count) __attribute__((always_inline)) {
+                                auto v = once(i, count);
+                                return v * v;
+                              }) /
+               n;
   }
   double rstd = 1.0 / __builtin_sqrt(variance + eps);
   return {mean, static_cast<float>(rstd), static_cast<float>(-left * rstd)};
@@ -193,7 +196,8 @@ void added_rows_fwd(const NormParams& p, int64_t begin, int64_t end, bool around
     };
     auto again = [&](int64_t i, auto) __attribute__((always_inline)) { return take(Order{}, scratch + i); };
     Moments stats = moments<Centred, X>(cols, p.eps, add, again);
-    write_row<Centred, X, W>(p, again, static_cast<X*>(p.y) + row * cols, static_cast<X*>(p.sum) + row * cols, stats, next, around_cache);
+    write_row<Centred, X, W>(p, again, static_cast<X*>(p.y) + row * cols, static_cast<X*>(p.sum) + row * cols, stats, next,
+                             around_cache);
     save<Centred>(p, row, stats);
   }
 }
@@ -202,8 +206,8 @@ template <class X, class W>
 void typed_fwd(const NormParams& p) {
   int64_t row_bytes = p.cols * static_cast<int64_t>(sizeof(X));
   int64_t moved = p.rows * row_bytes * (p.sum != nullptr ? 4 : 2);
-  bool around_cache = moved > kNonTemporalBytes && streamable(static_cast<X*>(p.y), p.cols) &&
-                      streamable(static_cast<X*>(p.sum), p.cols);
+  bool around_cache =
+      moved > kNonTemporalBytes && streamable(static_cast<X*>(p.y), p.cols) && streamable(static_cast<X*>(p.sum), p.cols);
   int64_t per_task = kTaskBytes / row_bytes > 1 ? kTaskBytes / row_bytes : 1;
   if (int64_t share = p.rows / (16 * p.nthreads); share > per_task) per_task = share;
   int nthreads = p.rows * p.cols < kParallelElements ? 1 : p.nthreads;

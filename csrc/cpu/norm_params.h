@@ -13,7 +13,7 @@ struct Rows {
 };
 
 struct NormParams {
-  bool centred = false;          // layer_norm subtracts the mean, rms_norm does not
+  bool centred = false;             // layer_norm subtracts the mean, rms_norm does not
   int dtype = 0, weight_dtype = 0;  // of x, residual, y, sum; of weight and bias
   int64_t rows = 0, cols = 0;
   Rows x, residual;              // residual may be absent
@@ -25,7 +25,7 @@ struct NormParams {
   float* rstd = nullptr;         // [rows], may be null
   double eps = 0;
   float weight_offset = 0;
-  bool round_first = false;      // x_hat is rounded to dtype before it is multiplied
+  bool round_first = false;  // x_hat is rounded to dtype before it is multiplied
   int nthreads = 1;
 };
 

@@ -1,13 +1,11 @@
 // rope: every pair (a, b) of a head turns by its position's angle: (a cos - b sin, b cos + a sin); elements past
 // rotary_dim are copied. The tables are [rows, rotary_dim / 2] (Su et al., RoFormer, arXiv:2104.09864).
-// A task is a block of positions of one batch entry. Its table rows are widened once into scratch (float32, in pack order, sign folded
-// in) and serve all heads of q and k. Whichever of position and head has the
-// smaller stride runs innermost, so that memory is streamed whatever the layout.
-// Memory-bound: 2 elements moved per element, 4 operations.
-#include "rope_params.h"
-
+// A task is a block of positions of one batch entry. Its table rows are widened once into scratch (float32, in pack order, sign
+// folded in) and serve all heads of q and k. Whichever of position and head has the smaller stride runs innermost, so that memory
+// is streamed whatever the layout. Memory-bound: 2 elements moved per element, 4 operations.
 #include "kernels.h"
 #include "parallel.h"
+#include "rope_params.h"
 #include "rows.h"
 
 namespace fastattn {
@@ -85,7 +83,8 @@ FASTATTN_INLINE void rotate_neighbours(const T* x, T* y, const float* cos, const
 }
 
 template <class T>
-void rotate_block(const RopeParams& p, const RopeTensor& t, const Table& table, int64_t b, int64_t begin, int64_t end, bool around_cache) {
+void rotate_block(const RopeParams& p, const RopeTensor& t, const Table& table, int64_t b, int64_t begin, int64_t end,
+                  bool around_cache) {
   auto head = [&](int64_t s, int64_t h) __attribute__((always_inline)) {
     const T* x = static_cast<const T*>(t.x) + b * t.x_stride[0] + s * t.x_stride[1] + h * t.x_stride[2];
     T* y = static_cast<T*>(t.y) + b * t.y_stride[0] + s * t.y_stride[1] + h * t.y_stride[2];

@@ -12,13 +12,13 @@ struct RopeTensor {
 };
 
 struct RopeParams {
-  int dtype = 0, table_dtype = 0;  // 0 float32, 1 bfloat16, 2 float16
+  int dtype = 0, table_dtype = 0;           // 0 float32, 1 bfloat16, 2 float16
   int64_t batch = 0, seqlen = 0, half = 0;  // half = rotary_dim / 2
-  RopeTensor tensor[2];            // the second is absent unless q and k go together
-  const void* cos = nullptr;       // [batch or 1, table_rows, half]
+  RopeTensor tensor[2];                     // the second is absent unless q and k go together
+  const void* cos = nullptr;                // [batch or 1, table_rows, half]
   const void* sin = nullptr;
   int64_t cos_stride[2] = {}, sin_stride[2] = {};  // batch, row
-  const void* positions = nullptr;  // [batch, seqlen] of int32 or int64, may be null: position s is row s
+  const void* positions = nullptr;                 // [batch, seqlen] of int32 or int64, may be null: position s is row s
   bool positions_int64 = false;
   int64_t position_stride[2] = {};  // batch, seqlen
   bool interleaved = false;         // pairs (2i, 2i + 1) instead of (i, i + half)

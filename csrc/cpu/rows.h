@@ -68,7 +68,8 @@ FASTATTN_INLINE pair apart(pair x) { return {apart(x.even), apart(x.odd)}; }
 #if VB == 64
 FASTATTN_INLINE vi round_bf16_bits(vf x) {
   __m512i b = (__m512i)x;
-  __m512i r = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1)));
+  __m512i r = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)),
+                               _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1)));
   return (vi)_mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
 }
 #else
@@ -101,7 +102,9 @@ FASTATTN_INLINE vf rounded(vf x, const f16*) { return widen_f16(narrow_f16(x)); 
 FASTATTN_INLINE pair rounded(pair x, const bf16*) { return rounded_pair(x); }
 // The same for results of arithmetic, which may lose magnitudes below 2^-126.
 template <class T>
-FASTATTN_INLINE vf rounded_result(vf x, const T* type) { return rounded(x, type); }
+FASTATTN_INLINE vf rounded_result(vf x, const T* type) {
+  return rounded(x, type);
+}
 FASTATTN_INLINE pair rounded_result(pair x, const bf16*) { return split(join(x)); }
 
 // ---- fetch: a pack of elements, or its first n with 0 beyond
@@ -109,9 +112,13 @@ FASTATTN_INLINE vf evens(vf a, vf b) { return __builtin_shuffle(a, b, iota() * 2
 FASTATTN_INLINE vf odds(vf a, vf b) { return __builtin_shuffle(a, b, iota() * 2 + 1); }
 
 template <class T>
-FASTATTN_INLINE vf fetch(Straight, const T* p, Whole) { return load(p); }
+FASTATTN_INLINE vf fetch(Straight, const T* p, Whole) {
+  return load(p);
+}
 template <class T>
-FASTATTN_INLINE vf fetch(Straight, const T* p, int64_t n) { return load_n(p, n); }
+FASTATTN_INLINE vf fetch(Straight, const T* p, int64_t n) {
+  return load_n(p, n);
+}
 FASTATTN_INLINE pair fetch(Paired, const bf16* p, Whole) { return split(load_i(p)); }
 FASTATTN_INLINE pair fetch(Paired, const bf16* p, int64_t n) {
   vi bits = splat_i(0);
@@ -130,17 +137,17 @@ FASTATTN_INLINE pair fetch(Paired, const T* p, int64_t n) {
 }
 
 // ---- emit: the inverse. `stream` writes a whole pack past the cache where the instruction set can, to an aligned address.
-FASTATTN_INLINE vf lower_half(pair x) {
-  return __builtin_shuffle(x.even, x.odd, (iota() >> 1) + (iota() & 1) * VL);
-}
-FASTATTN_INLINE vf upper_half(pair x) {
-  return __builtin_shuffle(x.even, x.odd, (iota() >> 1) + (iota() & 1) * VL + VL / 2);
-}
+FASTATTN_INLINE vf lower_half(pair x) { return __builtin_shuffle(x.even, x.odd, (iota() >> 1) + (iota() & 1) * VL); }
+FASTATTN_INLINE vf upper_half(pair x) { return __builtin_shuffle(x.even, x.odd, (iota() >> 1) + (iota() & 1) * VL + VL / 2); }
 
 template <class T>
-FASTATTN_INLINE void emit(T* p, vf x, Whole) { store(p, x); }
+FASTATTN_INLINE void emit(T* p, vf x, Whole) {
+  store(p, x);
+}
 template <class T>
-FASTATTN_INLINE void emit(T* p, vf x, int64_t n) { store_n(p, x, n); }
+FASTATTN_INLINE void emit(T* p, vf x, int64_t n) {
+  store_n(p, x, n);
+}
 FASTATTN_INLINE void emit(bf16* p, pair x, Whole) { store_i(p, join(x)); }
 FASTATTN_INLINE void emit(bf16* p, pair x, int64_t n) {
   vi bits = join(x);
@@ -172,7 +179,9 @@ FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
 FASTATTN_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 #else
 template <class V>
-FASTATTN_INLINE void stream_bits(void* p, V x) { __builtin_memcpy(p, &x, sizeof x); }
+FASTATTN_INLINE void stream_bits(void* p, V x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
 FASTATTN_INLINE void stream_fence() {}
 FASTATTN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 #endif
@@ -187,14 +196,18 @@ FASTATTN_INLINE void stream(T* p, pair x) {
 
 // The same for values that are of type T already.
 template <class T, class N>
-FASTATTN_INLINE void emit_exact(T* p, vf x, N n) { emit(p, x, n); }
+FASTATTN_INLINE void emit_exact(T* p, vf x, N n) {
+  emit(p, x, n);
+}
 FASTATTN_INLINE void emit_exact(bf16* p, pair x, Whole) { store_i(p, join_exact(x)); }
 FASTATTN_INLINE void emit_exact(bf16* p, pair x, int64_t n) {
   vi bits = join_exact(x);
   __builtin_memcpy(p, &bits, n * 2);
 }
 template <class T>
-FASTATTN_INLINE void stream_exact(T* p, vf x) { stream(p, x); }
+FASTATTN_INLINE void stream_exact(T* p, vf x) {
+  stream(p, x);
+}
 FASTATTN_INLINE void stream_exact(bf16* p, pair x) { stream_bits(p, join_exact(x)); }
 
 // May every row of `row_elements` at p be streamed in whole packs?
@@ -217,7 +230,9 @@ FASTATTN_INLINE void keep(float* p, pair x) {
 FASTATTN_INLINE vf first(vf x, int64_t n) { return select((vi)(iota() < splat_i((int32_t)n)), x, zero()); }
 FASTATTN_INLINE pair first(pair x, int64_t n) { return {first(x.even, (n + 1) / 2), first(x.odd, n / 2)}; }
 template <class P>
-FASTATTN_INLINE P first(P x, Whole) { return x; }
+FASTATTN_INLINE P first(P x, Whole) {
+  return x;
+}
 
 template <class T>
 FASTATTN_INLINE const T* row_of(const Rows& rows, int64_t row) {

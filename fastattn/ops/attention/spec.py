@@ -141,7 +141,8 @@ def check_attention(
         check_sinks(op, sinks, nheads, device, dtype)
     return AttentionSpec(
         dtype, device.type, batch, nheads, nheads_k, seqlen_q, seqlen_k, headdim, headdim_v, packed, left, right,
-        upper_left, scale, softcap, mask is not None, bias is not None, alibi_slopes is not None, sinks is not None, dropout_p,
+        upper_left, scale, softcap, mask is not None, bias is not None, alibi_slopes is not None, sinks is not None,
+        dropout_p,
     )  # fmt: skip
 
 

@@ -1,0 +1,71 @@
+"""The wheel: built in isolation without torch, imported in a clean environment, and alive without its native module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
+CALL = """
+import torch, fastattn
+from fastattn.runtime import native
+q = torch.randn(1, 5, 2, 8)
+o = fastattn.attention(q, q, q, causal=True)
+assert torch.isfinite(o).all()
+assert torch.isfinite(fastattn.rms_norm(q)).all()
+print(fastattn.__file__, native.error())
+"""
+
+
+def _run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:  # what a fresh clone has, so that nothing built here can leak into the wheel
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            target.symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).is_file():
+            target.write_bytes((ROOT / name).read_bytes())
+    _run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source), cwd=folder)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_wheel_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("fastattn/_native") for name in names), "the native module is missing"
+    assert "fastattn/py.typed" in names
+
+    _run(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    _run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    import torch  # torch itself is lent from here: hundreds of megabytes that are not under test
+
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    (site / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parent.parent))
+    printed = _run(python, "-c", CALL, cwd=tmp_path)
+    assert str(site) in printed and printed.strip().endswith("None")
+
+
+def test_without_the_native_module(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "lib", [n for n in archive.namelist() if "/_native" not in n])
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'lib')!r})" + CALL
+    printed = _run(sys.executable, "-c", code, cwd=tmp_path)
+    assert str(tmp_path) in printed and "native module is not built" in printed
