@@ -22,7 +22,18 @@ if X86:
 CHOSEN = os.environ.get("FASTATTN_BUILD_ISAS", " ".join(ISAS)).split()
 ISAS = {isa: flags for isa, flags in ISAS.items() if isa in CHOSEN or isa == "baseline"}
 SANITIZE = os.environ.get("FASTATTN_SANITIZE", "").split()  # e.g. "-fsanitize=address,undefined -O1 -g1"
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", *SANITIZE]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    *SANITIZE,
+]
 
 
 class BuildNative(build_ext):
@@ -35,7 +46,9 @@ class BuildNative(build_ext):
         self.include = [pybind11.get_include(), "csrc", sysconfig.get_path("include")]
         self.headers_changed = max(p.stat().st_mtime for p in [*Path("csrc").rglob("*.h"), Path(__file__)])
         # Kernels of the widest instruction sets take longest: start them first.
-        jobs = [(k, [*FLAGS, *flags], [*macros, ("FASTATTN_ISA", isa)], isa) for isa, flags in ISAS.items() for k in KERNELS]
+        jobs = [
+            (k, [*FLAGS, *flags], [*macros, ("FASTATTN_ISA", isa)], isa) for isa, flags in ISAS.items() for k in KERNELS
+        ]
         jobs = [*reversed(jobs), *((d, FLAGS, macros, "doors") for d in DOORS)]
         with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
             objects = list(pool.map(self.compile_one, jobs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from .law import Results
 from .shapes import NORMS, norm_backward_bytes, norm_forward_bytes
 
 Tensor = torch.Tensor
-Norm = Callable[..., Tensor]
+Norm = Callable[..., Any]
 LARGE = 32 << 20  # glibc gives larger blocks back to the kernel, so every fresh output pays its page faults
 
 
@@ -66,8 +67,8 @@ def _forward(ways, reference, parameters, rows, cols, dtype) -> Problem:
     return Problem(law(torch.float64), law(dtype), [contender(name, way) for name, way in ways.items()])
 
 
-# PyTorch's own weight gradients add thousands of rows in a row: F.layer_norm in bf16 makes 33 times the error of a sum that
-# splits, torch.compile in fp32 16 times. They are what people use, so they are timed, and the table says their error.
+# PyTorch's own weight gradients add thousands of rows one by one: F.layer_norm in bf16 makes 33 times the error of a sum
+# that splits, torch.compile in fp32 16 times. They are what people use, so they are timed, and the table says their error.
 SLOPPY = 64.0
 NAMES = ("dx", "dweight", "dbias")
 

@@ -52,7 +52,11 @@ def cases(quick: bool = False) -> list[Case]:
 
 
 def _rows(
-    row: str, todo: Iterable[AttentionShape], build: Any = None, bound: str = "flops", dtypes: tuple[str, ...] = ("fp32", "bf16")
+    row: str,
+    todo: Iterable[AttentionShape],
+    build: Any = None,
+    bound: str = "flops",
+    dtypes: tuple[str, ...] = ("fp32", "bf16"),
 ) -> list[Case]:
     return [_case(row, shape, dtype, build or _forward, bound) for shape in todo for dtype in dtypes]
 
@@ -78,7 +82,7 @@ def _sweep(axis: str, todo: Iterable[AttentionShape], x: Callable[[AttentionShap
 
 
 def tensors(shape: AttentionShape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as views [batch, heads, seqlen, headdim] of memory in the shape's layout; the same numbers on every run."""
+    """q, k, v as views [batch, heads, seqlen, headdim] in the shape's memory layout; the same numbers on every run."""
     g = torch.Generator().manual_seed(0)
     b, h, hk, sq, sk, d = shape.batch, shape.nheads, shape.kv_heads, shape.seqlen_q, shape.seqlen_k, shape.headdim
     if shape.layout == "qkv":  # one projection: [batch, seqlen, 3, heads, headdim]

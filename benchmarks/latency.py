@@ -33,7 +33,9 @@ def cases(quick: bool = False) -> list[Case]:
     return [Case("latency", "one token", name, "fp32", "latency", 0, build) for name, build in builders.items()]
 
 
-def _problem(reference: Callable[..., Any], arguments: tuple[Tensor, ...], ways: dict[str, Callable[[], Any]]) -> Problem:
+def _problem(
+    reference: Callable[..., Any], arguments: tuple[Tensor, ...], ways: dict[str, Callable[[], Any]]
+) -> Problem:
     def law(dtype: torch.dtype) -> dict[str, Tensor]:
         return {"y": reference(*(t.to(dtype) for t in arguments)).detach()}
 
@@ -68,8 +70,11 @@ def _rope() -> Problem:
     (x,) = _vectors((1, 1, 32, 128))
     cos, sin = (t[1:] for t in tables(2, 128))
     full = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-    formula = lambda: rotate_half_rope(x, x[..., :0, :], *full)[0]  # noqa: E731
-    return _problem(rope_reference, (x, cos, sin), {OURS: lambda: fastattn.rope(x, cos, sin), "rotate-half": formula})
+    ways = {
+        OURS: lambda: fastattn.rope(x, cos, sin),
+        "rotate-half": lambda: rotate_half_rope(x, x[..., :0, :], *full)[0],
+    }
+    return _problem(rope_reference, (x, cos, sin), ways)
 
 
 def _attention(grad: bool) -> Problem:

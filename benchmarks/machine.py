@@ -54,7 +54,9 @@ def commit() -> str | None:
 
 
 def _git(root: Path, *args: str) -> str:
-    return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return subprocess.run(
+        ["git", *args], cwd=root, capture_output=True, text=True, check=True, timeout=10
+    ).stdout.strip()
 
 
 def slug(cpu: str, threads: int) -> str:
@@ -117,7 +119,7 @@ class Attainable:
         self._best: dict[tuple[str, int, int], float] = {}
 
     def flops(self, dtype: str, threads: int) -> float | None:
-        """GFLOP/s of multiply-adds. Only bf16 has its own instruction; fp16 is widened to float32 before multiplying."""
+        """GFLOP/s of multiply-adds. Only bf16 has its own instruction; fp16 is widened to fp32 before multiplying."""
         kind = "bf16" if dtype == "bf16" else "fp32"
         return self._measure("fma_" + kind, 0, threads, lambda m: m.fma_peak(kind, 0.02, threads))
 

@@ -37,9 +37,11 @@ def _heads(x: Tensor, nheads: int) -> Tensor:
 
 
 class _Session:
-    """A model whose inputs and first output are bound once; `alias` binds further outputs onto inputs (a shared cache)."""
+    """A model whose inputs and first output are bound once; `alias` binds more outputs onto inputs (a cache)."""
 
-    def __init__(self, model: bytes, feeds: dict[str, Tensor], output: tuple[str, Sequence[int]], alias: dict[str, str]):
+    def __init__(
+        self, model: bytes, feeds: dict[str, Tensor], output: tuple[str, Sequence[int]], alias: dict[str, str]
+    ):
         try:
             import onnxruntime as ort
         except ImportError as missing:
@@ -52,7 +54,9 @@ class _Session:
         try:
             self.session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as refusal:  # the operator set depends on the version of onnxruntime
-            raise AbsentError(f"onnxruntime {ort.__version__} refuses it: {str(refusal).splitlines()[0][:120]}") from None
+            raise AbsentError(
+                f"onnxruntime {ort.__version__} refuses it: {str(refusal).splitlines()[0][:120]}"
+            ) from None
         self.values = {name: ort.OrtValue.ortvalue_from_numpy(t.numpy()) for name, t in feeds.items()}
         self.out = torch.empty(*output[1])
         self.binding = self.session.io_binding()

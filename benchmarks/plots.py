@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,8 @@ REST = ("#30638e", "#edae49", "#00798c", "#8d6a9f", "#7f7f7f")
 
 def available() -> str | None:
     """None if matplotlib is here, else why there are no plots."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as missing:
-        return f"matplotlib is not installed ({missing}); pip install 'fastattn[bench]'"
+    if importlib.util.find_spec("matplotlib") is None:
+        return "matplotlib is not installed; pip install 'fastattn[bench]'"
     return None
 
 
@@ -33,7 +32,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _axis(rows: Sequence[Row], axis: str, folder: Path) -> Path:
-    """Upper: GFLOP/s and the roofline per dtype. Lower: time per FLOP relative to the best; flat means cost grows as work."""
+    """Upper: GFLOP/s and the roofline, per dtype. Lower: time per FLOP over the best; flat means cost grows as work."""
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row.axis == axis]

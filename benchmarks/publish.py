@@ -1,7 +1,7 @@
 """Commit a measurement: `python -m fastattn.benchmarks.publish out/bench` in the root of the checkout.
 
-Copies results, report and plots to benchmarks/results/<machine>/ and writes the table of README.md from them, so that no
-number in the README was ever typed.
+Copies results, report and plots to benchmarks/results/<machine>/ and writes the table of README.md from them, so that
+no number in the README was ever typed.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def insert(text: str, table: str) -> str:
 
 
 def summary(machine: Machine, rows: Sequence[Row]) -> str:
-    """One line per row and dtype (its first shape): time, share of the attainable, and how many times slower the others are."""
+    """One line per row and dtype (its first shape): time, share of the attainable, how much longer the others take."""
     lines = [
-        f"{machine.cpu}, {machine.threads} threads, {machine.isa}, torch {machine.versions.get('torch')}, {machine.date}:",
+        f"{machine.cpu}, {machine.threads} threads, {machine.isa}, "
+        f"torch {machine.versions.get('torch')}, {machine.date}:",
         "",
         "| work | dtype | fastattn | of attainable | PyTorch takes | strongest other |",
         "| --- | --- | --- | --- | --- | --- |",

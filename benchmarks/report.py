@@ -73,7 +73,7 @@ def table(rows: Iterable[Row]) -> str:
     """Aligned columns for a terminal."""
     lines = [HEAD, *(line(case) for case in by_case(rows))]
     widths = [max(len(cells[i]) for cells in lines) for i in range(len(HEAD) - 1)]
-    rule = tuple("-" * width for width in widths) + ("-" * len(HEAD[-1]),)
+    rule = (*tuple("-" * width for width in widths), "-" * len(HEAD[-1]))
     out = []
     for cells in [lines[0], rule, *lines[1:]]:
         out.append("  ".join([c.ljust(w) for c, w in zip(cells, widths, strict=False)] + [cells[-1]]).rstrip())
@@ -103,8 +103,8 @@ def markdown(machine: Machine, rows: Sequence[Row], plots: Sequence[str]) -> str
         f"{machine.cpu}, {machine.threads} of {machine.cores} cores, instruction set {machine.isa}, "
         f"huge pages {machine.huge_pages}. fastattn {machine.fastattn}"
         f"{f' at {machine.commit}' if machine.commit else ''}, Python {machine.python}, {software}. {machine.date}.",
-        "Medians of quiet samples, all contenders interleaved in one process; ± is half the distance of the 20 % and 80 % "
-        "quantiles. A result counts only if its error against float64 is lawful (docs/numerics.md). Attainable is the "
+        "Medians of quiet samples, all contenders interleaved in one process; ± is half the distance of the 20 % and "
+        "80 % quantiles. A result counts only if its error against float64 is lawful (docs/numerics.md). Attainable is the "
         "multiply-add peak, or the copy or read bandwidth, measured in the same run."
         + (f" `~` marks {noisy} times without three quiet samples." if noisy else ""),
     ]

@@ -1,4 +1,4 @@
-"""PyTorch's own ways to the same result: SDPA, plain matrix products, FlexAttention, formulas, torch.compile of them."""
+"""PyTorch's own ways to the same result: SDPA, plain matrix products, FlexAttention, formulas, and those compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile with static shapes, from a clean slate: a recompilation limit reached by earlier cases must not count."""
+    """torch.compile with static shapes, from a clean slate: earlier cases must not have used up its recompilations."""
     if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         raise AbsentError("torch.compile needs a C++ compiler on a CPU")
     torch._dynamo.reset()
@@ -27,7 +27,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mask_for(shape: AttentionShape) -> Tensor | None:
-    """The mask SDPA needs where `is_causal` does not say it: [batch or 1, 1, seqlen_q or 1, seqlen_k] bool, True = may see."""
+    """The mask SDPA needs where `is_causal` is not enough: [batch or 1, 1, seqlen_q or 1, seqlen_k] bool, True = sees."""
     if shape.packed or shape.window is not None:
         return shape.visible(torch.arange(shape.seqlen_q))
     if shape.lengths:
@@ -65,10 +65,7 @@ def sdpa_per_sequence(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor) ->
     """A packed batch by a loop over its sequences."""
     parts = [tuple(x.split(shape.lengths, 2)) for x in (q, k, v)]
     return lambda: torch.cat(
-        [
-            F.scaled_dot_product_attention(a, b, c, is_causal=shape.causal)
-            for a, b, c in zip(*parts, strict=True)
-        ],
+        [F.scaled_dot_product_attention(a, b, c, is_causal=shape.causal) for a, b, c in zip(*parts, strict=True)],
         2,
     )
 

@@ -40,7 +40,7 @@ def tables(seqlen: int, headdim: int) -> tuple[Tensor, Tensor]:
 
 
 def _problem(shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
-    """q, k as a projection leaves them: memory [batch, seqlen, heads, headdim]; the formula gets its usual bhsd views."""
+    """q, k as a projection leaves them: memory [batch, seqlen, heads, headdim]; the formula gets bhsd views of it."""
     batch, seqlen, nheads, nheads_k, headdim = shape
     g = torch.Generator().manual_seed(0)
     q, k = (torch.randn(batch, seqlen, h, headdim, generator=g).to(dtype) for h in (nheads, nheads_k))

@@ -39,7 +39,7 @@ PINNED = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(
 class Row:
     """One contender of one case, as it stands in the JSON lines.
 
-    status  "ok" · "WRONG": the result breaks the law, so there is no time · "absent": cannot run here · "failed": raised
+    status  "ok" · "WRONG": the result breaks the law, so it has no time · "absent": cannot run here · "failed": raised
     rate    GFLOP/s or GB/s;  share: of the attainable measured in this run;  ratio: this time / fastattn's
     """
 
@@ -195,7 +195,9 @@ def _in_child(cases: list[Case], budget_s: float, progress: Callable[[str], None
     order = {"budget_s": budget_s, "quick": quick, "threads": torch.get_num_threads(), "keys": [c.key for c in cases]}
     command = [sys.executable, "-m", "fastattn.benchmarks.run", json.dumps(order)]
     # The child imports this very package, installed or not.
-    path = os.pathsep.join(filter(None, [str(Path(fastattn.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(Path(fastattn.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+    )
     progress(cases[0].key)
     with subprocess.Popen(
         command, env={**os.environ, **PINNED, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True

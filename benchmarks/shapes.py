@@ -9,8 +9,13 @@ import torch
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One attention problem. `window` counts keys to the left of the causal diagonal; `lengths` are the sequence lengths
-    behind a padding mask, or those of a packed batch (then batch is 1 and seqlen their sum)."""
+    """One attention problem.
+
+    window    keys to the left of the causal diagonal
+    lengths   of the sequences behind a padding mask, or of a packed batch (then batch is 1 and seqlen their sum)
+    bias      "heads": [1, nheads, seqlen_q, seqlen_k], "batch": [batch, nheads, seqlen_q, seqlen_k]
+    layout    order in memory, "bhsd", "bshd" or "qkv" (one projection); what a call gets is a view of it
+    """
 
     batch: int
     nheads: int
@@ -22,8 +27,8 @@ class AttentionShape:
     window: int | None = None
     lengths: tuple[int, ...] = ()
     packed: bool = False
-    bias: str = ""  # "heads": [1, nheads, q, k], "batch": [batch, nheads, q, k]
-    layout: str = "bhsd"  # order in memory; what a call gets is a view of it
+    bias: str = ""
+    layout: str = "bhsd"
 
     @property
     def kv_heads(self) -> int:
@@ -65,11 +70,16 @@ class AttentionShape:
         return seen[None, None]
 
     def pairs(self) -> int:
-        """Visible query-key pairs over batch and heads."""
+        """Visible query-key pairs over batch and heads: the sum of `visible`, without building it."""
+        if self.packed:
+            parts = (replace(self, seqlen_q=n, seqlen_k=n, lengths=(), packed=False) for n in self.lengths)
+            return sum(part.pairs() for part in parts)
+        diagonal = torch.arange(self.seqlen_q) + self.seqlen_k - self.seqlen_q
         total = 0
-        for rows in torch.arange(self.seqlen_q).split(1024):
-            seen = self.visible(rows)
-            total += int(seen.sum()) * (1 if seen.shape[0] == self.batch else self.batch)
+        for keys in self.lengths or (self.seqlen_k,) * self.batch:
+            last = diagonal.clamp(max=keys - 1) if self.causal else torch.full_like(diagonal, keys - 1)
+            first = torch.zeros_like(diagonal) if self.window is None else (diagonal - self.window).clamp(min=0)
+            total += int((last - first + 1).clamp(min=0).sum())
         return total * self.nheads
 
     def forward_flops(self) -> int:

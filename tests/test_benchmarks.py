@@ -1,4 +1,4 @@
-"""The machinery of the benchmarks: quiet samples, the gate, absent rivals, what is written. Nothing here waits for speed."""
+"""The machinery of the benchmarks: quiet samples, the gate, absent rivals, what is written. Nothing here measures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn.benchmarks import attention, layer_norm, law, onnx_graph, ort, plots, publish, report, rivals, run, shapes
+from fastattn.benchmarks import attention, law, layer_norm, onnx_graph, ort, plots, publish, report, rivals, run
 from fastattn.benchmarks.case import OURS, AbsentError, Case, Contender, Prepared, Problem
 from fastattn.benchmarks.machine import Attainable, describe, slug
 from fastattn.benchmarks.shapes import AttentionShape, square
@@ -87,7 +87,13 @@ def test_contenders_take_turns():
 
         return call
 
-    measure({n: call_of(n) for n in "ab"}, canary_of([1.0]), budget_s=0.0, clock=clock, shuffle=lambda names: names.reverse())
+    measure(
+        {n: call_of(n) for n in "ab"},
+        canary_of([1.0]),
+        budget_s=0.0,
+        clock=clock,
+        shuffle=lambda names: names.reverse(),
+    )
     assert order[-6:] == ["b", "a"] * 3
 
 
@@ -247,7 +253,8 @@ def test_quick_names_what_it_leaves_out():
     ],
 )
 def test_only_visible_pairs_count(shape: AttentionShape, pairs: int):
-    assert shape.pairs() == pairs
+    seen = shape.visible(torch.arange(shape.seqlen_q)).expand(shape.batch, shape.nheads, -1, -1)
+    assert shape.pairs() == pairs == int(seen.sum())
     assert shape.forward_flops() == 4 * pairs * 8 and shape.backward_flops() == 10 * pairs * 8
 
 
@@ -309,7 +316,9 @@ def test_the_gate_catches_a_rival_that_ignores_the_mask():
     shape = square(2, 2, 24, 16, lengths=(24, 9))
     problem = attention._forward("padding mask", shape, "fp32")
     q, k, v = attention.tensors(shape, torch.float32)
-    blind = Contender("blind", lambda: Prepared(lambda: F.scaled_dot_product_attention(q, k, v), attention.Sample(shape).output))
+    blind = Contender(
+        "blind", lambda: Prepared(lambda: F.scaled_dot_product_attention(q, k, v), attention.Sample(shape).output)
+    )
     assert run._admit(blind, problem)[0]["status"] == "WRONG"
 
 
@@ -326,7 +335,12 @@ def test_norm_and_rope_contenders_agree_with_float64(monkeypatch: pytest.MonkeyP
 
 def test_onnx_models_carry_their_node():
     model = onnx_graph.one_node(
-        "Attention", "", 23, [("q", onnx_graph.FLOAT, (1, 2)), None], [("o", onnx_graph.FLOAT, (1, 2))], {"is_causal": 1}
+        "Attention",
+        "",
+        23,
+        [("q", onnx_graph.FLOAT, (1, 2)), None],
+        [("o", onnx_graph.FLOAT, (1, 2))],
+        {"is_causal": 1},
     )
     assert b"Attention" in model and b"is_causal" in model
     runtime = pytest.importorskip("onnxruntime")
@@ -339,7 +353,14 @@ def test_onnx_models_carry_their_node():
 
 
 def _sweep() -> list[run.Row]:
-    place = {"room": "attention", "row": "over seqlen", "dtype": "fp32", "malloc": "default", "threads": 2, "bound": "flops"}
+    place = {
+        "room": "attention",
+        "row": "over seqlen",
+        "dtype": "fp32",
+        "malloc": "default",
+        "threads": 2,
+        "bound": "flops",
+    }
     return [
         run.Row(
             **place, label=f"1x1x{n}", axis="seqlen", x=n, contender=name, status="ok", seconds=n * cost, p20=n * cost,
@@ -374,7 +395,9 @@ def test_durations_have_three_digits():
     assert [report.duration(s) for s in (2.5, 0.0123, 1.234e-4, 5e-8)] == ["2.5 s", "12.3 ms", "123 µs", "50 ns"]
 
 
-def test_publish_writes_the_readme_from_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: dict[str, run.Row]):
+def test_publish_writes_the_readme_from_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: dict[str, run.Row]
+):
     monkeypatch.chdir(tmp_path)
     Path("README.md").write_text(f"head\n{publish.BEGIN}\nold\n{publish.END}\ntail\n")
     Path("bench").mkdir()

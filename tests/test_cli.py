@@ -109,7 +109,9 @@ def test_verify_on_the_reference_is_plain_pytorch():
     assert finding.status == "ok" and finding.to_plain is not None and finding.to_plain <= 1.0
 
 
-def test_verify_exits_with_1_when_the_law_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_verify_exits_with_1_when_the_law_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     honest = fastattn.rms_norm
     monkeypatch.setattr(fastattn, "rms_norm", lambda *a, **k: _scaled(honest(*a, **k)))
     assert main(["verify", "--op", "rms_norm", "--dtype", "fp32"]) == 1
@@ -160,7 +162,10 @@ def _bench(monkeypatch: pytest.MonkeyPatch, out: Path, rows: list[bench_run.Row]
 
 def test_bench_writes_table_jsonl_plots_and_report(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
-    rows = [_row("fastattn", "ok", seconds=1e-6, p20=1e-6, p80=1e-6, ratio=1.0), _row("F.x", "ok", seconds=2e-6, ratio=2.0)]
+    rows = [
+        _row("fastattn", "ok", seconds=1e-6, p20=1e-6, p80=1e-6, ratio=1.0),
+        _row("F.x", "ok", seconds=2e-6, ratio=2.0),
+    ]
     assert _bench(monkeypatch, tmp_path, rows) == 0
     assert "F.x 2.00x" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "report.md", "ratios.png"}
@@ -178,7 +183,9 @@ def test_bench_forgives_a_rival_that_is_wrong(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "argv", [("--row", "nonsense"), ("--budget", "-1"), ("--op", "latency", "--dtype", "fp16")], ids=lambda argv: argv[0]
+    "argv",
+    [("--row", "nonsense"), ("--budget", "-1"), ("--op", "latency", "--dtype", "fp16")],
+    ids=lambda argv: argv[0],
 )
 def test_bench_arguments_that_select_nothing_exit_with_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
     assert main(["bench", *argv]) == 2

@@ -15,7 +15,9 @@ TESTS = Path(__file__).resolve().parent
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or native.error() is not None, reason="needs gcc's sanitizers and the native module")
+@pytest.mark.skipif(
+    sys.platform != "linux" or native.error() is not None, reason="needs gcc's sanitizers and the native module"
+)
 def test_short_run() -> None:
     best = native.module().isas()[-1]
     command = [sys.executable, str(TESTS / "sanitize.py"), str(TESTS / "test_native_memory.py"), "-q", "-x", "-k", best]

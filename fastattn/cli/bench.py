@@ -73,7 +73,10 @@ def _finish(out: Path, machine, rows, report) -> int:
         print(f"no plots: {why}")
     wrong = [row for row in rows if row.contender == OURS and row.status != "ok"]
     for row in wrong:
-        print(f"bench: fastattn {row.status}: {row.room}, {row.row}: {row.label} {row.dtype}: {row.reason}", file=sys.stderr)
+        print(
+            f"bench: fastattn {row.status}: {row.room}, {row.row}: {row.label} {row.dtype}: {row.reason}",
+            file=sys.stderr,
+        )
     return 1 if wrong else 0
 
 

@@ -136,7 +136,9 @@ def _kvcache(option: str, tensors: dict[str, Tensor], **options: Any) -> Scenari
 
     def call(ops: Any, t: dict[str, Tensor]) -> dict[str, Tensor]:
         caches = t["k"].clone(), t["v"].clone()  # appending writes into them
-        given = {name: t[key] for name, key in (("k", "k_new"), ("v", "v_new"), ("cos", "cos"), ("sin", "sin")) if key in t}
+        given = {
+            name: t[key] for name, key in (("k", "k_new"), ("v", "v_new"), ("cos", "cos"), ("sin", "sin")) if key in t
+        }
         o, lse = ops.attention_kvcache(t["q"], *caches, lengths, return_lse=True, **given, **options)
         return {"o": o, "lse": lse, "k_cache": caches[0], "v_cache": caches[1]}
 
@@ -165,7 +167,11 @@ def merge_attention() -> list[Scenario]:
 
 
 def layer_norm() -> list[Scenario]:
-    options: dict[str, tuple[str, ...]] = {"weight, bias": ("weight", "bias"), "plain": (), "residual": ("weight", "bias", "residual")}
+    options: dict[str, tuple[str, ...]] = {
+        "weight, bias": ("weight", "bias"),
+        "plain": (),
+        "residual": ("weight", "bias", "residual"),
+    }
     return [_norm("layer_norm", option, names) for option, names in options.items()]
 
 
@@ -213,7 +219,9 @@ def _rope(option: str, rotary_dim: int, **options: Any) -> Scenario:
     tensors = {"q": _randn(2, 33, 4, 64, seed=0), "k": _randn(2, 33, 2, 64, seed=1), "cos": cos, "sin": sin}
 
     def call(ops: Any, t: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(("q_rotated", "k_rotated"), ops.rope_qk(t["q"], t["k"], t["cos"], t["sin"], **options), strict=True))
+        return dict(
+            zip(("q_rotated", "k_rotated"), ops.rope_qk(t["q"], t["k"], t["cos"], t["sin"], **options), strict=True)
+        )
 
     return Scenario("rope", option, tensors, call, ("q", "k"), keep=frozenset({"cos", "sin"}))
 

@@ -17,7 +17,7 @@ import torch
 
 import fastattn
 from fastattn.benchmarks.case import DTYPES
-from fastattn.benchmarks.law import Verdict, judge
+from fastattn.benchmarks.law import judge
 from fastattn.cli.scenarios import OPS, Scenario, cast
 
 Tensor = torch.Tensor
@@ -82,13 +82,16 @@ def examine(scenario: Scenario, dtype_name: str, backend: str | None = None) -> 
             rival = scenario.sdpa(cast(scenario, dtype))["o"].double()
         rival_error = float((rival - truth["o"]).abs().max())
         to_sdpa = float((ours["o"].double() - truth["o"]).abs().max()) / rival_error if rival_error else None
-    return _finding(name, verdict, to_sdpa)
-
-
-def _finding(name: tuple[str, str, str], verdict: Verdict, to_sdpa: float | None) -> Finding:
-    status = "ok" if verdict.lawful else "BROKEN"
-    numbers = (verdict.tensor, verdict.error, verdict.ratio, verdict.rms_ratio, to_sdpa)
-    return Finding(*name, status, *numbers, verdict.reason)
+    return Finding(
+        *name,
+        "ok" if verdict.lawful else "BROKEN",
+        verdict.tensor,
+        verdict.error,
+        to_plain=verdict.ratio,
+        rms_to_plain=verdict.rms_ratio,
+        to_sdpa=to_sdpa,
+        reason=verdict.reason,
+    )
 
 
 def results(

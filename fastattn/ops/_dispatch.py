@@ -131,7 +131,9 @@ def _refusal(op: str, backends: Sequence[Backend], spec: Any, forced: str | None
     if forced is not None and all(b.name != forced for b in backends):
         names = ", ".join(b.name for b in backends)
         return f"{op}: backend must be one of those this operation has ({names}), got {forced!r}"
-    head = f"{op}: no backend takes this call" if forced is None else f"{op}: backend {forced!r} does not take this call"
+    head = (
+        f"{op}: no backend takes this call" if forced is None else f"{op}: backend {forced!r} does not take this call"
+    )
     lines = [f"{head}: {spec}"]
     lines += [f"  {b.name}: {'; '.join(b.objections(spec)) or 'no objection'}" for b in backends]
     return "\n".join(lines)

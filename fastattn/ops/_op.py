@@ -117,7 +117,8 @@ def _vmap_by_loop(op: Op) -> Callable[..., Any]:
             return arg if dim is None else arg.select(dim, i)
 
         outputs = [
-            op.overload(*(slice_of(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
+            op.overload(*(slice_of(a, d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
         ]
         if isinstance(outputs[0], torch.Tensor):
             return torch.stack(outputs), 0

@@ -18,7 +18,7 @@ _error: str | None = None
 def _load() -> None:
     global _module, _error
     try:
-        from fastattn import _native
+        from fastattn import _native  # type: ignore[attr-defined]
     except ImportError as failure:
         _error = f"the native module is not built ({failure}); install fastattn with a C++17 compiler at hand"
         return

@@ -1,4 +1,4 @@
-"""The backend `cpu`: hands the tensors of a call to the kernels in csrc/cpu (one task per head and block of queries)."""
+"""The backend `cpu`: hands the tensors of a call to the kernels in csrc/cpu."""
 
 from __future__ import annotations
 
@@ -111,5 +111,15 @@ def kvcache(
         _native.kvcache_append(k, v, k_cache, v_cache, cache_seqlens, block_table)
         cache_seqlens = cache_seqlens + spec.seqlen_new
     _native.attention_kvcache(
-        q, k_cache, v_cache, cache_seqlens, block_table, alibi_slopes, _float(sinks), o, lse, _options(spec), spec.num_splits or 0
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        block_table,
+        alibi_slopes,
+        _float(sinks),
+        o,
+        lse,
+        _options(spec),
+        spec.num_splits or 0,
     )
