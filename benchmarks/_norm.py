@@ -68,8 +68,9 @@ def _forward(ways, reference, parameters, rows, cols, dtype) -> Problem:
 
 
 # PyTorch's own weight gradients add thousands of rows one by one: F.layer_norm in bf16 makes 33 times the error of a sum
-# that splits, torch.compile in fp32 16 times. They are what people use, so they are timed, and the table says their error.
+# that splits, torch.compile in fp32 16 times. They are what people use: they are timed, and the table says their error.
 SLOPPY = 64.0
+
 NAMES = ("dx", "dweight", "dbias")
 
 

@@ -104,8 +104,8 @@ def markdown(machine: Machine, rows: Sequence[Row], plots: Sequence[str]) -> str
         f"huge pages {machine.huge_pages}. fastattn {machine.fastattn}"
         f"{f' at {machine.commit}' if machine.commit else ''}, Python {machine.python}, {software}. {machine.date}.",
         "Medians of quiet samples, all contenders interleaved in one process; ± is half the distance of the 20 % and "
-        "80 % quantiles. A result counts only if its error against float64 is lawful (docs/numerics.md). Attainable is the "
-        "multiply-add peak, or the copy or read bandwidth, measured in the same run."
+        "80 % quantiles. A result counts only if its error against float64 is lawful (docs/numerics.md). Attainable is "
+        "the multiply-add peak, or the copy or read bandwidth, measured in the same run."
         + (f" `~` marks {noisy} times without three quiet samples." if noisy else ""),
     ]
     for room in dict.fromkeys(row.room for row in rows):

@@ -27,7 +27,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mask_for(shape: AttentionShape) -> Tensor | None:
-    """The mask SDPA needs where `is_causal` is not enough: [batch or 1, 1, seqlen_q or 1, seqlen_k] bool, True = sees."""
+    """The mask SDPA needs beyond `is_causal`: [batch or 1, 1, seqlen_q or 1, seqlen_k] bool, True = sees."""
     if shape.packed or shape.window is not None:
         return shape.visible(torch.arange(shape.seqlen_q))
     if shape.lengths:

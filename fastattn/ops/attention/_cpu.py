@@ -103,7 +103,7 @@ def kvcache(
 ) -> None:
     if k is not None:
         assert v is not None
-        if cos is not None:
+        if cos is not None and sin is not None:
             from fastattn.ops.rope import rope_qk
 
             positions = cache_seqlens[:, None] + torch.arange(q.shape[1], dtype=torch.int32)

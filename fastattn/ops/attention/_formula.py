@@ -211,6 +211,7 @@ def probabilities(s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
 def _dropout(spec: Any, block: Block, p: torch.Tensor) -> torch.Tensor:
     if spec.dropout_p == 0.0:
         return p
+    assert block.philox is not None
     keep = _philox.keep_mask(block.philox, spec.dropout_p, block.first_batch, *p.shape)
     return (p * (1.0 / (1.0 - spec.dropout_p))).where(keep, 0)
 

@@ -80,7 +80,7 @@ def _write(
     dv.copy_(found.dv)
     if dbias is not None:
         dbias.add_(found.ds.sum_to_size(dbias.shape))
-    if dsinks is not None:
+    if dsinks is not None and found.dsinks is not None:
         dsinks.add_(found.dsinks)
 
 

@@ -87,8 +87,8 @@ def dense_block(
     philox: Tensor | None = None,
 ) -> _formula.Block:
     """A whole call that is not packed, as one block."""
-    pairs = (_formula.pair_block(t, None, 0, 0) for t in (mask, bias))
-    return _formula.Block(q, k, v, *pairs, _formula.slope_table(alibi_slopes), sinks, philox, 0)
+    mask, bias = _formula.pair_block(mask, None, 0, 0), _formula.pair_block(bias, None, 0, 0)
+    return _formula.Block(q, k, v, mask, bias, _formula.slope_table(alibi_slopes), sinks, philox, 0)
 
 
 def attention_weights(
@@ -182,10 +182,10 @@ def attend_cache(
     slopes = _formula.slope_table(alibi_slopes)
     for i, present in enumerate(cache_seqlens.tolist()):
         q_rows = q[i]
-        if cos is not None:
+        if cos is not None and sin is not None:
             q_rows = rotate(q_rows, cos, sin, present, spec.interleaved)
-        if k is not None:
-            k_rows = k[i] if cos is None else rotate(k[i], cos, sin, present, spec.interleaved)
+        if k is not None and v is not None:
+            k_rows = k[i] if cos is None or sin is None else rotate(k[i], cos, sin, present, spec.interleaved)
             _slots_write(k_cache, block_table, i, present, k_rows)
             _slots_write(v_cache, block_table, i, present, v[i])
         total = present + spec.seqlen_new
