@@ -71,7 +71,7 @@ def summary(machine: Machine, rows: Sequence[Row]) -> str:
             f"{ours.room}, {ours.row}: {ours.label}",
             ours.dtype,
             f"{'~' if ours.noisy else ''}{duration(ours.seconds)}",
-            "" if ours.share is None else f"{100 * ours.share:.0f} %",
+            "" if ours.share is None or ours.noisy else f"{100 * ours.share:.0f} %",
             "" if torch_row is None else f"{torch_row.ratio:.1f} x as long",
             "" if best is None else f"{best.contender} {best.ratio:.1f} x",
         ]

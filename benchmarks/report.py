@@ -49,7 +49,8 @@ def line(case: Sequence[Row]) -> tuple[str, ...]:
         place += f", {ours.threads} threads"
     time = _time(ours)
     rate = "" if ours.rate is None else f"{ours.rate:.0f} {'GFLOP/s' if ours.bound == 'flops' else 'GB/s'}"
-    share = "" if ours.share is None else f"{100 * ours.share:.0f} %"
+    # A busy machine slows the peak and the sample by different amounts, so their quotient says nothing.
+    share = "" if ours.share is None or ours.noisy else f"{100 * ours.share:.0f} %"
     return place, ours.dtype, time, rate, share, " · ".join(_rival(row) for row in case if row.contender != OURS)
 
 
@@ -95,9 +96,20 @@ def notes(rows: Iterable[Row]) -> list[str]:
     return [f"{name} {status} ({', '.join(places)}): {reason}" for (name, status, reason), places in found.items()]
 
 
+def warnings(rows: Iterable[Row]) -> list[str]:
+    """What a reader must know before believing a time."""
+    timed = [row for row in rows if row.seconds is not None]
+    noisy = [row for row in timed if row.noisy]
+    if not noisy:
+        return []
+    advice = (
+        "the machine was busy, and these times prove nothing" if 2 * len(noisy) > len(timed) else "measure them again"
+    )
+    return [f"~ marks {len(noisy)} of {len(timed)} times without three quiet samples: {advice}"]
+
+
 def markdown(machine: Machine, rows: Sequence[Row], plots: Sequence[str]) -> str:
     software = ", ".join(f"{k} {v}" for k, v in machine.versions.items() if v)
-    noisy = sum(row.noisy for row in rows)
     parts = [
         "# fastattn, measured",
         f"{machine.cpu}, {machine.threads} of {machine.cores} cores, instruction set {machine.isa}, "
@@ -105,13 +117,12 @@ def markdown(machine: Machine, rows: Sequence[Row], plots: Sequence[str]) -> str
         f"{f' at {machine.commit}' if machine.commit else ''}, Python {machine.python}, {software}. {machine.date}.",
         "Medians of quiet samples, all contenders interleaved in one process; ± is half the distance of the 20 % and "
         "80 % quantiles. A result counts only if its error against float64 is lawful (docs/numerics.md). Attainable is "
-        "the multiply-add peak, or the copy or read bandwidth, measured in the same run."
-        + (f" `~` marks {noisy} times without three quiet samples." if noisy else ""),
+        "the multiply-add peak, or the copy or read bandwidth, measured in the same run.",
     ]
     for room in dict.fromkeys(row.room for row in rows):
         parts += [f"## {room}", markdown_table(row for row in rows if row.room == room)]
     if plots:
         parts += ["## Plots", "\n".join(f"![{Path(p).stem}]({p})" for p in plots)]
-    if remarks := notes(rows):
-        parts += ["## Absent, failed, wrong", "\n".join(f"- {remark}" for remark in remarks)]
+    if remarks := [*notes(rows), *warnings(rows)]:
+        parts += ["## Remarks", "\n".join(f"- {remark}" for remark in remarks)]
     return "\n\n".join(parts) + "\n"

@@ -3,11 +3,13 @@
 A busy neighbour halves a virtual machine for minutes while `steal` stays 0, so two programs timed one after the other
 compare the neighbours. Here all contenders of a case run in one process, round by round in shuffled order, and a short
 burst of multiply-adds (the canary) before and after each sample tells whether the machine was ours: a sample counts
-only if both bursts reached `QUIET` of the best burst seen. The medians of the samples that count are what we print.
+only if both bursts reached `QUIET` of the best burst seen. Other programs on the same system are seen more directly: the
+kernel counts how long our threads were ready to run but had to wait. The medians of the samples that count are printed.
 """
 
 from __future__ import annotations
 
+import glob
 import random
 import statistics
 import time
@@ -15,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 QUIET = 0.88  # of the best canary; a shared core shows as about 0.5, clock noise as 0.95
+WAITED = 0.05  # of a sample's time that all threads together may have waited for a core
 SAMPLE_S = 1e-3  # a sample repeats short calls until it is this long
 WARM_S = 4e-3  # after a pause: longer than a worker of the previous contender spins for work
 ENOUGH = 9  # quiet samples per contender that end a case early
@@ -23,10 +26,11 @@ Clock = Callable[[], float]
 
 
 class Canary:
-    """`probe()` returns a rate; `quiet(before, after)` judges a sample against the best rate seen so far."""
+    """Whether the machine was ours. `probe()` returns a rate, judged against the best seen so far; `waited()` returns
+    the seconds that this process's threads have waited for a core."""
 
-    def __init__(self, probe: Callable[[], float] | None) -> None:
-        self._probe = probe
+    def __init__(self, probe: Callable[[], float] | None, waited: Callable[[], float] = lambda: 0.0) -> None:
+        self._probe, self.waited = probe, waited
         self.best = 0.0
 
     @classmethod
@@ -35,13 +39,9 @@ class Canary:
         from fastattn.runtime import native
 
         if native.error() is not None:
-            return cls(None)
+            return cls(None, waited_for_a_core)
         peak = native.module().fma_peak
-        return cls(lambda: peak("fp32", 2e-3, num_threads))
-
-    @property
-    def present(self) -> bool:
-        return self._probe is not None
+        return cls(lambda: peak("fp32", 2e-3, num_threads), waited_for_a_core)
 
     def sing(self) -> float:
         if self._probe is None:
@@ -54,15 +54,41 @@ class Canary:
         return min(before, after) >= QUIET * self.best
 
 
+def waited_for_a_core() -> float:
+    """Seconds that the threads of this process were ready to run but did not, since their start; 0 where unknown."""
+    total = 0
+    for path in glob.glob("/proc/self/task/*/schedstat"):
+        try:
+            with open(path) as file:
+                total += int(file.read().split()[1])
+        except (OSError, IndexError):  # a thread that just ended, or a kernel without these counters
+            continue
+    return total / 1e9
+
+
 @dataclass
 class Samples:
-    """Seconds per call, each with the canaries around it: the best canary may come later and unmask an early sample."""
+    """Seconds per call, each with the canaries around it: the best canary may come later and unmask an early sample.
+
+    A sample that waited for a core more than it may has canaries of -1, below any threshold.
+    """
 
     seconds: list[float] = field(default_factory=list)
     canaries: list[tuple[float, float]] = field(default_factory=list)
 
     def quiet(self, canary: Canary) -> list[float]:
         return [s for s, (a, b) in zip(self.seconds, self.canaries, strict=True) if canary.quiet(a, b)]
+
+    def add(self, call: Callable[[], object], repeats: int, canary: Canary, before: float, clock: Clock) -> None:
+        """Time `repeats` calls; `before` is the canary that sang before their warm-up."""
+        waited, start = canary.waited(), clock()
+        for _ in range(repeats):
+            call()
+        elapsed = clock() - start
+        waited = canary.waited() - waited
+        after = canary.sing()
+        self.seconds.append(elapsed / repeats)
+        self.canaries.append((before, after) if waited <= WAITED * elapsed else (-1.0, -1.0))
 
 
 @dataclass(frozen=True)
@@ -140,12 +166,7 @@ def _sample(call: Callable[[], object], once: float, samples: Samples, canary: C
             call()
             if clock() - start >= WARM_S:
                 break
-    repeats = max(1, min(100_000, round(SAMPLE_S / max(once, 1e-7))))
-    start = clock()
-    for _ in range(repeats):
-        call()
-    samples.seconds.append((clock() - start) / repeats)
-    samples.canaries.append((before, canary.sing()))
+    samples.add(call, max(1, min(100_000, round(SAMPLE_S / max(once, 1e-7)))), canary, before, clock)
 
 
 def ratio(rival: Timing, ours: Timing) -> float:

@@ -129,10 +129,8 @@ def measure(models: dict[str, BertModel], batches: list[dict[str, Tensor]], seco
         for i, batch in enumerate(batches):
             random.shuffle(order)
             for name in order:
-                before, start = canary.sing(), time.perf_counter()
-                embed(models[name], [batch])
-                samples[name][i].seconds.append(time.perf_counter() - start)
-                samples[name][i].canaries.append((before, canary.sing()))
+                call = functools.partial(embed, models[name], [batch])
+                samples[name][i].add(call, 1, canary, canary.sing(), time.perf_counter)
     return {name: _total([summarise(s, canary) for s in per_batch]) for name, per_batch in samples.items()}
 
 

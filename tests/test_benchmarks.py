@@ -15,7 +15,7 @@ from fastattn.benchmarks import attention, law, layer_norm, onnx_graph, ort, plo
 from fastattn.benchmarks.case import OURS, AbsentError, Case, Contender, Prepared, Problem
 from fastattn.benchmarks.machine import Attainable, describe, slug
 from fastattn.benchmarks.shapes import AttentionShape, square
-from fastattn.benchmarks.timing import ENOUGH, Canary, Samples, measure, summarise
+from fastattn.benchmarks.timing import ENOUGH, Canary, Samples, measure, summarise, waited_for_a_core
 
 
 class FakeClock:
@@ -119,6 +119,25 @@ def test_too_few_quiet_samples_are_called_noisy_and_all_count():
     canary.sing()
     timing = summarise(Samples([1.0, 3.0, 3.0], [(100, 100), (40, 40), (40, 40)]), canary)
     assert timing.noisy and timing.median == 3.0 and timing.quiet == 1
+
+
+def test_a_sample_that_waited_for_a_core_does_not_count():
+    clock, waited = FakeClock(), [0.0]
+
+    def interrupted() -> None:
+        clock.now += 1.0
+        waited[0] += 0.5
+
+    canary = Canary(lambda: 100.0, lambda: waited[0])
+    timings = measure({"calm": clock.call_of(1.0), "interrupted": interrupted}, canary, budget_s=0.0, clock=clock)
+    assert (timings["calm"].quiet, timings["interrupted"].quiet) == (3, 0)
+    without_probe = Canary(None, lambda: waited[0])
+    assert measure({"interrupted": interrupted}, without_probe, budget_s=0.0, clock=clock)["interrupted"].noisy
+
+
+def test_waiting_for_a_core_is_counted_in_seconds():
+    before = waited_for_a_core()
+    assert 0.0 <= before <= waited_for_a_core() < 1e5
 
 
 def test_without_a_canary_every_sample_counts():

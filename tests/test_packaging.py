@@ -47,25 +47,32 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_wheel_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    assert any(name.startswith("fastattn/_native") for name in names), "the native module is missing"
-    assert "fastattn/py.typed" in names
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """A clean environment's interpreter. torch is lent from here: hundreds of megabytes that are not under test."""
+    import torch
 
     _run(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    _run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
-    import torch  # torch itself is lent from here: hundreds of megabytes that are not under test
-
-    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
-    (site / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parent.parent))
-    printed = _run(python, "-c", CALL, cwd=tmp_path)
-    assert str(site) in printed and printed.strip().endswith("None")
+    (_site(tmp_path) / "torch_of_the_tests.pth").write_text(str(Path(torch.__file__).parent.parent))
+    return tmp_path / "venv" / "bin" / "python"
 
 
-def test_without_the_native_module(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "lib", [n for n in archive.namelist() if "/_native" not in n])
-    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'lib')!r})" + CALL
-    printed = _run(sys.executable, "-c", code, cwd=tmp_path)
-    assert str(tmp_path) in printed and "native module is not built" in printed
+def _site(folder: Path) -> Path:
+    return next((folder / "venv" / "lib").glob("python*/site-packages"))
+
+
+def test_wheel_in_a_clean_environment(wheel: Path, python: Path, tmp_path: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("fastattn/_native") for name in names), "the native module is missing"
+    assert "fastattn/py.typed" in names and "fastattn/benchmarks/run.py" in names
+    _run(str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    printed = _run(str(python), "-c", CALL, cwd=tmp_path)
+    assert str(_site(tmp_path)) in printed and printed.strip().endswith("None")
+
+
+def test_without_the_native_module(wheel: Path, python: Path, tmp_path: Path) -> None:
+    _run(str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    (native,) = (_site(tmp_path) / "fastattn").glob("_native*")
+    native.unlink()
+    printed = _run(str(python), "-c", CALL, cwd=tmp_path)
+    assert str(_site(tmp_path)) in printed and "native module is not built" in printed

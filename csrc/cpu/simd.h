@@ -27,7 +27,7 @@ typedef float vf __attribute__((vector_size(VB)));
 typedef int32_t vi __attribute__((vector_size(VB)));
 typedef uint32_t vu __attribute__((vector_size(VB)));
 typedef float vf_u __attribute__((vector_size(VB), aligned(4), may_alias));
-typedef int32_t vi_u __attribute__((vector_size(VB), aligned(4), may_alias));
+typedef int32_t vi_u __attribute__((vector_size(VB), aligned(2), may_alias));  // pairs of bf16 are 2-byte aligned
 typedef uint16_t vh __attribute__((vector_size(VB / 2)));
 typedef uint16_t vh_u __attribute__((vector_size(VB / 2), aligned(2), may_alias));
 

@@ -62,7 +62,7 @@ def _finish(out: Path, machine, rows, report) -> int:
     from fastattn.benchmarks.case import OURS
 
     print(report.table(rows))
-    for note in report.notes(rows):
+    for note in [*report.notes(rows), *report.warnings(rows)]:
         print(f"  {note}")
     report.write_jsonl(out / "results.jsonl", machine, rows)
     why = plots.available()
