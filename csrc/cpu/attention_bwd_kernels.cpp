@@ -24,7 +24,9 @@ struct Plan {
 };
 
 // Rows of dq over all sequences: the partial sums of chunks are stored by it.
-FASTATTN_INLINE int64_t query_rows(const AttentionParams& p) { return p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.seqlen_q; }
+FASTATTN_INLINE int64_t query_rows(const AttentionParams& p) {
+  return p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.seqlen_q;
+}
 
 Plan make_plan(const AttentionBwdParams& p) {
   Plan plan;
@@ -274,11 +276,13 @@ struct Backward {
     for (int64_t m = 0; m < kM; m += kPer, to += ld) {
       const T* row[2] = {nullptr, nullptr};
       for (int64_t i = 0; i < kPer && m + i < lanes.rows; ++i)
-        if (shift[m + i] != -kInfinity && (!only_finite || is_finite(from + (m + i) * stride, cols))) row[i] = from + (m + i) * stride;
+        if (shift[m + i] != -kInfinity && (!only_finite || is_finite(from + (m + i) * stride, cols)))
+          row[i] = from + (m + i) * stride;
       for (int64_t d = 0; d < ld; d += VL) {
         vi x = splat_i(0);
         if (d < cols && row[0] != nullptr) x = column_cells<Cells>(row[0], row[1], d, cols);
-        if (d < cols && row[0] == nullptr && row[1] != nullptr) x = column_cells<Cells>(row[1], static_cast<const T*>(nullptr), d, cols) << 16;
+        if (d < cols && row[0] == nullptr && row[1] != nullptr)
+          x = column_cells<Cells>(row[1], static_cast<const T*>(nullptr), d, cols) << 16;
         store_i(to + d, x);
       }
     }

@@ -13,12 +13,12 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kPiece = 1024;     // keys per task
-constexpr int64_t kBlock = 256;      // keys between two softmax updates
-constexpr int kFour = 4;             // rows handled together
-constexpr int kKeys = VL / kFour;    // keys per reduction
-constexpr int kMaxRows = 16;         // query rows per key head
-constexpr int64_t kAhead = 16;       // rows of prefetch
+constexpr int64_t kPiece = 1024;   // keys per task
+constexpr int64_t kBlock = 256;    // keys between two softmax updates
+constexpr int kFour = 4;           // rows handled together
+constexpr int kKeys = VL / kFour;  // keys per reduction
+constexpr int kMaxRows = 16;       // query rows per key head
+constexpr int64_t kAhead = 16;     // rows of prefetch
 
 // Sums the lanes of VL vectors: result[i] = sum of x[i].
 FASTATTN_INLINE vf reduce_each(vf (&x)[VL]) {
@@ -45,7 +45,7 @@ struct Decode {
   float* queries;  // [fours][cells padded to VL][4 rows]: cell vectors of four rows side by side
   float* scores;   // [kBlock][4]
   float* pair_probs;
-  float* sums;     // [rows rounded up to 4][headdim_v padded to VL]
+  float* sums;  // [rows rounded up to 4][headdim_v padded to VL]
 
   // Query row r of the key head: head s.hk * group + r / sq, position r % sq; rows past the end repeat the last.
   int64_t position(int64_t r) const { return min64(r, rows - 1) % s.sq; }
@@ -151,8 +151,10 @@ struct Decode {
     }
   }
   FASTATTN_INLINE vi full_cells(const T* at) {
-    if constexpr (Cells::kPerCell == 2) return load_i(at);
-    else return as_int(load(at));
+    if constexpr (Cells::kPerCell == 2)
+      return load_i(at);
+    else
+      return as_int(load(at));
   }
   FASTATTN_INLINE vf dot(vf acc, vf a, vf b) {
 #if defined(__AVX512BF16__)
@@ -255,8 +257,8 @@ struct Decode {
   FASTATTN_INLINE void value_cells(const T* a, const T* b, vf (&v)[N]) {
 #if defined(__AVX512BF16__)
     if constexpr (Cells::kPerCell == 2) {  // 32 columns of two keys: zip the 16-bit halves
-      const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
-                                           3, 34, 2, 33, 1, 32, 0);
+      const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                           35, 3, 34, 2, 33, 1, 32, 0);
       const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
 #pragma GCC unroll 2
       for (int w = 0; w < N; w += 2) {

@@ -13,7 +13,7 @@ namespace FASTATTN_ISA {
 namespace {
 
 constexpr int64_t kBlockN = 128;
-constexpr int64_t kMaxMicros = 8;  // BLOCK_M = up to kMaxMicros * kM queries per task
+constexpr int64_t kMaxMicros = 8;     // BLOCK_M = up to kMaxMicros * kM queries per task
 constexpr float kLazyRescale = 8.0f;  // rescale o only when the maximum grew by more than 2^8: P stays far from overflow
 
 template <class T, class Cells>
@@ -27,7 +27,7 @@ struct Forward {
   // scratch
   float *qt, *ot, *scores, *probs, *k_tile, *v_tile, *keep;
   PairTiles pairs;
-  Ahead k_ahead, v_ahead, q_ahead;
+  Ahead k_ahead, v_ahead, q_ahead, bias_ahead;
   int64_t step_rows = 0;  // rows to fetch per register block of the first product
 
   static int64_t scratch_floats(const AttentionParams& p, int64_t micros) {
@@ -113,6 +113,15 @@ struct Forward {
     v_ahead = ahead(key_row<T>(p, s, p.v, p.v_stride, n0), p.v_stride[1], p.headdim_v, keys);
   }
 
+  // The bias of the tile at hand: the first product gives its rows the time to arrive.
+  Ahead bias_rows(const Head& s, const Lanes& lanes, int64_t n0, int64_t count) {
+    const int64_t* st = p.bias_stride;
+    if (p.bias == nullptr || st[2] == 0 || st[3] != 1) return Ahead{};
+    int64_t at = s.b * st[0] + s.h * st[1] + lanes.m0 * st[2] + n0;
+    if (p.bias_dtype == 0) return ahead(static_cast<const float*>(p.bias) + at, st[2], count, lanes.rows);
+    return ahead(static_cast<const bf16*>(p.bias) + at, st[2], count, lanes.rows);  // fp16 is as wide
+  }
+
   // One block of kM queries against one tile of keys.
   void micro(const Head& s, Row& r, int64_t index, KeyTiles<T, Cells>& tiles) {
     int64_t begin = max64(tiles.n0, r.lanes.begin), end = min64(tiles.n0 + tiles.count, r.lanes.end);
@@ -130,6 +139,7 @@ struct Forward {
     if (banded) band = Band::of(r.lanes, n0, count);
     vf top[kVecs];
     for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
+    bias_ahead = bias_rows(s, r.lanes, n0, min64(count, s.sk - n0));
     const float* q = qt + index * kM * cells;
     int64_t before = (cells - 1) / kChain * kChain;  // cells that earlier, shorter chains have summed
     if (before > 0) product_rows<Cells>(k, tiles.k_ld, q, kM, count, before, scores, kM, false);
@@ -138,6 +148,7 @@ struct Forward {
       k_ahead.fetch(step_rows);
       v_ahead.fetch(step_rows);
       q_ahead.fetch(step_rows);
+      bias_ahead.fetch(kM * kRows / kBlockN + 1);
       const float *a = k + n * tiles.k_ld + before, *b = q + before * kM;
       auto whole = [&](int i, int v, vf x) { return before > 0 ? x + load(to + i * kM + v * VL) : x; };
       if (banded && (n < plain_begin || n + kRows > plain_end))
@@ -285,7 +296,6 @@ void attention_fwd(const AttentionParams& p) {
   return forward<bf16, FloatCells>(p);
 #endif
 }
-
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

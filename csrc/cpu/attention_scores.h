@@ -15,11 +15,11 @@ constexpr float kInfinity = __builtin_inff();
 
 // One (batch, head) with its lengths resolved.
 struct Head {
-  int64_t b, h, hk;            // batch, query head, key head
-  int64_t sq, sk;              // lengths of this sequence
-  int64_t q_start, k_start;    // first row inside the packed tensors, else 0
-  int64_t diagonal;            // key under the diagonal of query 0
-  float slope;                 // ALiBi
+  int64_t b, h, hk;          // batch, query head, key head
+  int64_t sq, sk;            // lengths of this sequence
+  int64_t q_start, k_start;  // first row inside the packed tensors, else 0
+  int64_t diagonal;          // key under the diagonal of query 0
+  float slope;               // ALiBi
 };
 
 FASTATTN_INLINE Head head_of(const AttentionParams& p, int64_t b, int64_t h) {
@@ -110,7 +110,8 @@ FASTATTN_INLINE int32_t pair_cell(const T* p) {
 
 // tile[n][lane] = source[m0 + lane][n0 + n] (mask or bias) for any strides; lanes past `rows` repeat the last row.
 template <class T>
-static __attribute__((noinline)) void load_pairs(const T* source, int64_t sm, int64_t sn, int64_t rows, int64_t count, int32_t* tile) {
+static __attribute__((noinline)) void load_pairs(const T* source, int64_t sm, int64_t sn, int64_t rows, int64_t count,
+                                                 int32_t* tile) {
   if (sm == 0) {
     for (int64_t n = 0; n < count; ++n)
       for (int v = 0; v < kVecs; ++v) store_i(tile + n * kM + v * VL, splat_i(pair_cell(source + n * sn)));
@@ -164,9 +165,9 @@ struct PairTiles {
 // Everything a block of kM queries needs to know about itself.
 struct Lanes {
   int64_t m0, rows;
-  int64_t first[kM], last[kM];  // keys of each query
-  int64_t begin, end;           // union over the lanes
-  int64_t full_begin, full_end; // intersection
+  int64_t first[kM], last[kM];   // keys of each query
+  int64_t begin, end;            // union over the lanes
+  int64_t full_begin, full_end;  // intersection
 };
 
 FASTATTN_INLINE void make_lanes(const AttentionParams& p, const Head& s, int64_t m0, Lanes& lanes) {
@@ -214,8 +215,9 @@ FASTATTN_INLINE bool is_modified(const AttentionParams& p) {
 // Applies the options to raw = k q in place. Afterwards visible scores are in log2 units when `modified` (multiply by 1),
 // else still raw (multiply by scale * log2 e), and invisible ones -inf. Takes the running maximum of what it leaves.
 // slopes, if not null, receives d score / d raw of the softcap (backward).
-FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, const Lanes& lanes, int64_t n0, int64_t count, Sight sight,
-                                   bool modified, float* tile, const PairTiles& pairs, vf (&top)[kVecs], float* softcap_slope) {
+FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, const Lanes& lanes, int64_t n0, int64_t count,
+                                   Sight sight, bool modified, float* tile, const PairTiles& pairs, vf (&top)[kVecs],
+                                   float* softcap_slope) {
   int64_t seen = min64(count, s.sk - n0);  // rows past the sequence are padding of the tile
   bool masked = sight != Sight::all;
   bool banded = n0 < lanes.full_begin || n0 + count > lanes.full_end;
@@ -228,12 +230,16 @@ FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, cons
   vf distance[kVecs];  // from the diagonal to key n0
   for (int v = 0; v < kVecs; ++v)
     distance[v] = __builtin_convertvector(iota() + splat_i(static_cast<int32_t>(lanes.m0 + v * VL + s.diagonal - n0)), vf);
+  bool only_bias = p.bias != nullptr && !(p.softcap > 0.0f) && p.alibi_slopes == nullptr;
   vf inner = splat(p.softcap > 0.0f ? p.scale / p.softcap : p.scale);
   for (int64_t n = 0; n < count; ++n) {
     for (int v = 0; v < kVecs; ++v) {
       float* at = tile + n * kM + v * VL;
       vf x = load(at);
-      if (modified) {
+      if (only_bias) {
+        vf bias = n < seen ? as_float(load_i(pairs.bias + n * kM + v * VL)) : zero();
+        x = select((vi)(bias == splat(-kInfinity)), bias, fma(x, splat(p.scale * kLog2e), bias * splat(kLog2e)));
+      } else if (modified) {
         x = x * inner;
         if (p.softcap > 0.0f) {
           vf t = tanh(x);

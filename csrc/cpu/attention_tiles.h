@@ -14,8 +14,8 @@ constexpr bool std_is_f16<f16> = true;
 // Two vectors of probabilities as bf16 pairs (x in the low half): the B operand of the second product.
 FASTATTN_INLINE vi pack_pairs(vf x, vf y) {
 #if defined(__AVX512BF16__)
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                                         3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
   __m512bh both = _mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
   return (vi)_mm512_permutexvar_epi16(order, (__m512i)both);
 #else
@@ -29,9 +29,9 @@ struct KeyTiles {
   const Head& s;
   int64_t cells, groups;
   float *k_buffer, *v_buffer;
-  int64_t n0 = 0, count = 0;      // this tile's keys
-  int64_t k_ld, v_ld = 0;         // cells between keys; between groups of kRows columns
-  bool v_not_finite = false;      // some value is inf or NaN: products must not touch it through a zero probability
+  int64_t n0 = 0, count = 0;  // this tile's keys
+  int64_t k_ld, v_ld = 0;     // cells between keys; between groups of kRows columns
+  bool v_not_finite = false;  // some value is inf or NaN: products must not touch it through a zero probability
   const float* k_ready = nullptr;
   bool v_ready = false;
 
@@ -82,8 +82,8 @@ struct KeyTiles {
 
 // product_groups for a tile that holds inf or NaN: a zero in B contributes nothing, whatever A holds there.
 template <class Cells>
-static __attribute__((noinline)) void careful_product(const float* a, int64_t group_ld, const float* b, int64_t groups, int64_t count,
-                                                      float* c, bool accumulate) {
+static __attribute__((noinline)) void careful_product(const float* a, int64_t group_ld, const float* b, int64_t groups,
+                                                      int64_t count, float* c, bool accumulate) {
   for (int64_t g = 0; g < groups; ++g)
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVecs; ++v) {

@@ -56,13 +56,16 @@ const Kernels& kernels() {
 }
 
 void bind_dispatch(pybind11::module_& m) {
-  m.def("isas", [] {
-    std::vector<std::string> names;
-    for (auto* t : tables()) names.emplace_back(t->isa);
-    pybind11::tuple out(names.size());
-    for (size_t i = 0; i < names.size(); ++i) out[i] = names[i];
-    return out;
-  }, "The instruction sets this build and CPU offer, worst first.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (auto* t : tables()) names.emplace_back(t->isa);
+        pybind11::tuple out(names.size());
+        for (size_t i = 0; i < names.size(); ++i) out[i] = names[i];
+        return out;
+      },
+      "The instruction sets this build and CPU offer, worst first.");
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("set_isa", [](const std::string& name) {
     for (auto* t : tables())

@@ -67,8 +67,8 @@ constexpr int64_t kChain = 128;
 
 // C[rows][kM] = A B for `rows` a multiple of kRows; A row-major [rows][lda].
 template <class Cells>
-static void product_rows(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t count,
-                                  float* c, int64_t ldc, bool accumulate) {
+static void product_rows(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, int64_t count, float* c,
+                         int64_t ldc, bool accumulate) {
   for (; count > kChain; count -= kChain, a += kChain, b += kChain * ldb, accumulate = true)
     product_rows<Cells>(a, lda, b, ldb, rows, kChain, c, ldc, accumulate);
   for (int64_t r = 0; r < rows; r += kRows, a += kRows * lda, c += kRows * ldc) {

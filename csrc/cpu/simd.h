@@ -54,9 +54,7 @@ FASTATTN_INLINE vi iota() { return (vi){0, 1, 2, 3}; }
 #endif
 
 FASTATTN_INLINE vf zero() { return splat(0.0f); }
-FASTATTN_INLINE vf select(vi condition, vf yes, vf no) {
-  return as_float((condition & as_int(yes)) | (~condition & as_int(no)));
-}
+FASTATTN_INLINE vf select(vi condition, vf yes, vf no) { return as_float((condition & as_int(yes)) | (~condition & as_int(no))); }
 FASTATTN_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // contracted where the instruction set has FMA
 
 // NaN in b wins: the instruction returns its second operand when either is NaN.
@@ -116,8 +114,12 @@ FASTATTN_INLINE void store_n(float* p, vf x, int64_t n) {
 }
 
 // ---- 16-bit floats. A bf16 is the upper half of a float; rounding is to nearest even, NaN stays NaN.
-typedef struct { uint16_t bits; } bf16;
-typedef struct { uint16_t bits; } f16;
+typedef struct {
+  uint16_t bits;
+} bf16;
+typedef struct {
+  uint16_t bits;
+} f16;
 
 FASTATTN_INLINE vf widen_bf16(vh h) {
 #if VB == 64

@@ -68,8 +68,7 @@ FASTATTN_INLINE void rows_to_lanes(const T* from, int64_t stride, int64_t rows, 
   for (int64_t lane = 0; lane < kM; lane += VL) {
     for (int64_t c = 0; c < cells; c += VL) {
       vi block[VL];
-      for (int i = 0; i < VL; ++i)
-        block[i] = lane + i < rows ? row_cells<Cells>(from + (lane + i) * stride, c, cols) : splat_i(0);
+      for (int i = 0; i < VL; ++i) block[i] = lane + i < rows ? row_cells<Cells>(from + (lane + i) * stride, c, cols) : splat_i(0);
       transpose(block);
       int64_t n = min64(VL, cells - c);
       for (int i = 0; i < n; ++i) store_i(to + (c + i) * kM + lane, block[i]);
