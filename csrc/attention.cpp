@@ -115,6 +115,38 @@ void attention_fwd(View q, View k, View v, View o, View lse, View mask, View bia
   run_forward(p);
 }
 
+bool is_bshd(const View& t) { return t.ndim == 4 && t.dtype <= Dtype::f16 && (t.stride[3] == 1 || t.shape[3] == 1); }
+
+// The short road of small calls without options: checks, allocates and computes in one call. (o, lse), or None when the
+// ordinary road should serve or raise. A decoding step costs less than the Python of the ordinary road.
+py::object attention_eager(const py::handle& q_object, const py::handle& k_object, const py::handle& v_object, const py::handle& left,
+                           const py::handle& right, bool upper_left, const py::handle& scale, int nthreads) {
+  View q, k, v;
+  if (!try_view(q_object.ptr(), &q) || !try_view(k_object.ptr(), &k) || !try_view(v_object.ptr(), &v)) return py::none();
+  if (!is_bshd(q) || !is_bshd(k) || !is_bshd(v) || k.dtype != q.dtype || v.dtype != q.dtype) return py::none();
+  bool fits = k.shape[0] == q.shape[0] && k.shape[3] == q.shape[3] && k.shape[2] > 0 && q.shape[2] % k.shape[2] == 0 &&
+              q.shape[2] > 0 && q.shape[3] > 0 && v.shape[3] > 0;
+  for (int i = 0; i < 3; ++i) fits = fits && v.shape[i] == k.shape[i];
+  double factor = 1.0 / std::sqrt(static_cast<double>(q.shape[3]));
+  if (!scale.is_none()) {
+    if (!PyFloat_CheckExact(scale.ptr())) return py::none();
+    factor = PyFloat_AS_DOUBLE(scale.ptr());
+  }
+  if (!fits || !std::isfinite(factor)) return py::none();
+  int64_t o_shape[4] = {q.shape[0], q.shape[1], q.shape[2], v.shape[3]}, lse_shape[3] = {q.shape[0], q.shape[2], q.shape[1]};
+  auto o = py::reinterpret_steal<py::object>(empty_tensor(4, o_shape, q.dtype));
+  if (!o) return py::none();
+  auto lse = py::reinterpret_steal<py::object>(empty_tensor(3, lse_shape, Dtype::f32));
+  AttentionParams p;
+  fill(p, q, k, v, view_of(o.ptr()), view_of(lse.ptr()), View(), View(), View(), View(), View(), View(), View(),
+       py::make_tuple(left, right, upper_left, factor, py::none(), 0.0, 0, 0, nthreads));
+  {
+    py::gil_scoped_release release;
+    run_forward(p);
+  }
+  return py::make_tuple(std::move(o), std::move(lse));
+}
+
 // The weights [batch, nheads, seqlen_q, seqlen_k] from lse.
 void attention_weights(View q, View k, View lse, View mask, View bias, View alibi_slopes, View cu_seqlens_q, View cu_seqlens_k,
                        const py::tuple& options, View weights) {
@@ -197,6 +229,7 @@ void attention_bwd(View q, View k, View v, View o, View lse, View mask, View bia
 
 void bind_attention(py::module_& m) {
   m.def("attention_fwd", &attention_fwd);
+  m.def("attention_eager", &attention_eager);
   m.def("attention_bwd", &attention_bwd);
   m.def("attention_weights", &attention_weights);
   m.def("attention_kvcache", &attention_kvcache);

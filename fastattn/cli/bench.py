@@ -81,16 +81,18 @@ def _finish(out: Path, machine, rows, report) -> int:
 
 
 class _Progress:
-    """tqdm where it is installed, else one line per case; on stderr, so that the table can be piped."""
+    """tqdm in a terminal where it is installed, else one line per case; on stderr, so that the table can be piped."""
 
     def __init__(self, total: int) -> None:
         self.total, self.count, self.start = total, 0, time.perf_counter()
+        self.bar = None
         try:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, unit="case", file=sys.stderr, dynamic_ncols=True)
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=total, unit="case", file=sys.stderr, dynamic_ncols=True)
         except ImportError:
-            self.bar = None
+            pass
 
     def begin(self, key: str) -> None:
         if self.bar is not None:
