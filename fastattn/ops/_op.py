@@ -54,7 +54,8 @@ class Op:
         self.overload = getattr(torch.ops.fastattn, self.name).default
         arguments = self.overload._schema.arguments
         self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
-        self._function = None if backward is None else _make_function(self.name, forward, save, backward)
+        self._leading = self._tensors[-1] + 1  # arguments up to the last tensor
+        self._function = None if backward is None else _make_function(self.name, self._leading, forward, save, backward)
         self._functorch = None if backward is None else _make_functorch(self, save, backward)
         torch.library.register_vmap(qualified, _vmap_by_loop(self), lib=_library)
         if flops is not None:
@@ -73,7 +74,7 @@ class Op:
                     return self.overload(*args)
                 wants_grad = wants_grad or tensor.requires_grad
         if wants_grad and self._function is not None and torch.is_grad_enabled():
-            return self._function.apply(*args)
+            return self._function.apply(*args[: self._leading], args[self._leading :])
         return self._forward(*args)
 
 
@@ -85,16 +86,23 @@ def _saving(save: Callable[..., None]) -> Callable[..., None]:
     return setup_context
 
 
-def _make_function(name: str, forward: Any, save: Any, backward: Any) -> type[torch.autograd.Function]:
-    """A Function with a ctx-style forward: a static setup_context costs 13 µs more per call."""
+def _make_function(name: str, tensors: int, forward: Any, save: Any, backward: Any) -> type[torch.autograd.Function]:
+    """A Function with a ctx-style forward: a static setup_context costs 13 µs more per call.
+
+    It is applied to the first `tensors` arguments and one tuple of the others: each argument of its own costs 0.2 µs.
+    """
 
     def apply_forward(ctx: Any, *args: Any) -> Any:
         ctx.set_materialize_grads(False)
-        output = forward(*args)
-        save(ctx, args, output)
+        inputs = args[:tensors] + args[tensors]
+        output = forward(*inputs)
+        save(ctx, inputs, output)
         return output
 
-    namespace = {"forward": staticmethod(apply_forward), "backward": staticmethod(once_differentiable(backward))}
+    def apply_backward(ctx: Any, *grads: Any) -> Any:
+        return (*backward(ctx, *grads)[:tensors], None)
+
+    namespace = {"forward": staticmethod(apply_forward), "backward": staticmethod(once_differentiable(apply_backward))}
     return type(f"fastattn_{name}", (torch.autograd.Function,), namespace)  # the name a profiler shows
 
 
