@@ -119,8 +119,9 @@ bool is_bshd(const View& t) { return t.ndim == 4 && t.dtype <= Dtype::f16 && (t.
 
 // The short road of small calls without options: checks, allocates and computes in one call. (o, lse), or None when the
 // ordinary road should serve or raise. A decoding step costs less than the Python of the ordinary road.
-py::object attention_eager(const py::handle& q_object, const py::handle& k_object, const py::handle& v_object, const py::handle& left,
-                           const py::handle& right, bool upper_left, const py::handle& scale, int nthreads) {
+py::object attention_eager(const py::handle& q_object, const py::handle& k_object, const py::handle& v_object,
+                           const py::handle& left, const py::handle& right, bool upper_left, const py::handle& scale,
+                           int nthreads) {
   View q, k, v;
   if (!try_view(q_object.ptr(), &q) || !try_view(k_object.ptr(), &k) || !try_view(v_object.ptr(), &v)) return py::none();
   if (!is_bshd(q) || !is_bshd(k) || !is_bshd(v) || k.dtype != q.dtype || v.dtype != q.dtype) return py::none();

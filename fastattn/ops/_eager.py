@@ -28,6 +28,11 @@ _plain_types = (torch.Tensor, torch.nn.Parameter)
 door: Any = None if native.error() is not None or env.BACKEND is not None else native.module()
 
 
+def unforced() -> bool:
+    """True when nobody asks for a backend by name or for an explanation; for implementations, which see real tensors."""
+    return door is not None and not _explaining() and not _scoped_backend()
+
+
 def plain(*tensors: torch.Tensor | None) -> bool:
     """True when the tensors' data alone decide the result: no tracing, mode, subclass, gradient or forced backend."""
     if _compiling() or door is None or _dispatch_modes() or _functorch_active() or _explaining() or _scoped_backend():

@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 
-from fastattn.ops import _eager
 from fastattn.ops._check import fail, is_tensor, same_device, shape
 from fastattn.ops._dispatch import forced_backend
 from fastattn.ops.attention import _philox, op, reference
 from fastattn.ops.attention.spec import band, check_dropout
-
-_num_threads = torch.get_num_threads
 
 __all__ = ["attention", "attention_kvcache", "attention_weights", "merge_attention", "scaled_dot_product_attention"]
 
@@ -75,12 +72,6 @@ def attention(
     upper_left = False
     if causal is not False or window is not None:
         left, right, upper_left = band("attention", causal, window)
-    plain = mask is None and bias is None and alibi_slopes is None and sinks is None and cu_seqlens_q is None
-    plain = plain and cu_seqlens_k is None and max_seqlen_q is None and max_seqlen_k is None and softcap is None
-    if plain and not dropout_p and backend is None and _eager.plain(q, k, v):
-        found = _eager.door.attention_eager(q, k, v, left, right, upper_left, scale, _num_threads())
-        if found is not None:
-            return found if return_lse else found[0]
     philox = None
     if dropout_p:
         check_dropout("attention", dropout_p)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastattn.ops import _alloc
+from fastattn.ops import _alloc, _eager
 from fastattn.ops._check import fail, same_device, same_dtype, shape
 from fastattn.ops._dispatch import choose
 from fastattn.ops._op import Op
@@ -24,6 +24,7 @@ from fastattn.ops.attention.kvcache_spec import check_kvcache
 from fastattn.ops.attention.spec import AttentionSpec, check_attention
 
 Tensor = torch.Tensor
+_num_threads = torch.get_num_threads
 _LARGE = 4 << 20  # elements; `_alloc` decides by bytes
 
 
@@ -88,6 +89,21 @@ def _forward(
     q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right, upper_left, scale, softcap,
     dropout_p, deterministic, backend,
 ):  # fmt: skip
+    plain = (
+        mask is None and bias is None and alibi_slopes is None and sinks is None and cu_q is None and softcap is None
+    )
+    if (
+        plain
+        and cu_k is None
+        and max_q is None
+        and max_k is None
+        and not dropout_p
+        and backend is None
+        and _eager.unforced()
+    ):
+        found = _eager.door.attention_eager(q, k, v, left, right, upper_left, scale, _num_threads())
+        if found is not None:
+            return found
     spec = _check(
         q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right, upper_left, scale,
         softcap, dropout_p,
