@@ -72,7 +72,7 @@ FASTATTN_INLINE float lse_of(const AttentionParams& p, const Head& s, int64_t m)
 
 template <class T, class Cells>
 struct Backward {
-  static constexpr int kDegree = sizeof(T) == 2 && !std_is_f16<T> ? 3 : 6;
+  static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
 
   const AttentionBwdParams& p;
   const Plan& plan;

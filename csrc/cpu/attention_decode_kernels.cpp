@@ -38,7 +38,7 @@ FASTATTN_INLINE void prefetch_row(const void* row, int64_t bytes) {
 
 template <class T, class Cells>
 struct Decode {
-  static constexpr int kDegree = sizeof(T) == 2 && !std_is_f16<T> ? 3 : 6;
+  static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
   const AttentionParams& p;
   const Head s;
   int64_t group, rows, cells;

@@ -18,7 +18,7 @@ constexpr float kLazyRescale = 8.0f;  // rescale o only when the maximum grew by
 
 template <class T, class Cells>
 struct Forward {
-  static constexpr int kDegree = sizeof(T) == 2 && !std_is_f16<T> ? 3 : 6;
+  static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
 
   const AttentionParams& p;
   int64_t cells, groups, micros;

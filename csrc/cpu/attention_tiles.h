@@ -7,9 +7,9 @@ namespace FASTATTN_ISA {
 namespace {
 
 template <class T>
-constexpr bool std_is_f16 = false;
+constexpr bool is_f16 = false;
 template <>
-constexpr bool std_is_f16<f16> = true;
+constexpr bool is_f16<f16> = true;
 
 // Two vectors of probabilities as bf16 pairs (x in the low half): the B operand of the second product.
 FASTATTN_INLINE vi pack_pairs(vf x, vf y) {
