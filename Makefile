@@ -34,7 +34,7 @@ SANITIZE_TESTS ?= tests/test_native_memory.py
 sanitize: $(VENV)/test
 	$(BIN)/python tests/sanitize.py $(SANITIZE_TESTS)
 
-docs: $(VENV)/native
+docs: $(VENV)/test
 	$(BIN)/fastattn doctor --matrix > docs/support-matrix.md
 
 wheel: $(VENV)/lint

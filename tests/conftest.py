@@ -1,16 +1,28 @@
-"""What every test runs under: NaN-poisoned torch.empty, a fixed seed, and the thread count put back afterwards."""
+"""What every test runs under: NaN-poisoned torch.empty, a fixed seed, and the thread count put back afterwards.
+
+Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; it must be chosen before they are imported.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from fastattn import UnsupportedError
-from fastattn.runtime import native
+from fastattn.runtime import launch, native
+
+if launch.INTERPRETED:
+    import interpreter
+
+    interpreter.mend()
 
 
 def _poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,4 +1,7 @@
-"""Test parameters for functions that `use_backend` forces: every backend, and for cpu every instruction set."""
+"""Test parameters for functions that `use_backend` forces: every backend, and for cpu every instruction set.
+
+`triton` runs on the GPU where there is one, else in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,20 @@ import fastattn
 from fastattn.runtime import native
 
 ISAS = tuple(native.module().isas()) if native.error() is None else ()
-WAYS = (*(f"cpu-{isa}" for isa in ISAS), "eager", "reference")
+WAYS = (*(f"cpu-{isa}" for isa in ISAS), "eager", "triton", "reference")
+
+
+@contextlib.contextmanager
+def placed(name: str) -> Iterator[str]:
+    """Tensors made without a device lie where that way wants them."""
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        yield name
 
 
 @contextlib.contextmanager
 def way(name: str) -> Iterator[None]:
-    """`cpu-<isa>` and `reference` force that backend; `eager` forces none: calls without grad take the short road."""
+    """`eager` forces no backend: calls without grad take the short road; the others force theirs."""
     backend, _, isa = name.partition("-")
     if name == "eager":
         yield

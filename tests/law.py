@@ -59,9 +59,9 @@ def run(
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     found = dict(zip(names, (o.detach() for o in outputs), strict=False))
     if wants:
-        generator = torch.Generator().manual_seed(seed + 1)
+        generator = torch.Generator("cpu").manual_seed(seed + 1)
         low = torch.bfloat16  # representable in every dtype, so that all three runs see the same numbers
-        cotangents = [torch.randn(o.shape, generator=generator).to(low).to(o.dtype) for o in outputs]
+        cotangents = [torch.randn(o.shape, generator=generator, device="cpu").to(low).to(o) for o in outputs]
         gradients = torch.autograd.grad(outputs, [leaves[name] for name in wants], cotangents)
         found.update({f"d{name}": g for name, g in zip(wants, gradients, strict=True)})
     return found
@@ -138,8 +138,8 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contig
     contiguous; transposed: dimensions 1 and 2 swapped in memory (a bshd view of bhsd); sliced: every second row of a
     wider tensor, shifted by an odd number of elements; expanded: the first dimension repeats one entry with stride 0.
     """
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    x = torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device(), dtype)
     if layout == "contiguous":
         return x
     if layout == "transposed":

@@ -263,7 +263,7 @@ def test_scaled_dot_product_attention() -> None:
 
 def test_unknown_and_absent_backends() -> None:
     with pytest.raises(UnsupportedError, match="attention: backend must be one of those this operation has"):
-        attention(**call(backend="triton"))
+        attention(**call(backend="cuda"))
 
 
 def test_backward_on_its_own() -> None:

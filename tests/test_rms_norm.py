@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import each
@@ -15,13 +16,15 @@ from hypothesis import strategies as st
 import fastattn
 from fastattn.ops.rms_norm import reference, rms_norm
 from fastattn.ops.rms_norm.op import rms_norm_fwd
+from fastattn.runtime import launch
 
 ROUNDINGS = ("llama", "last", "gemma")
 
 
 @pytest.fixture(params=each.WAYS)
-def way(request: pytest.FixtureRequest) -> str:
-    return request.param
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    with each.placed(request.param):
+        yield request.param
 
 
 def tensors(*shape: int, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -37,9 +40,13 @@ def holds(way: str, given: dict[str, torch.Tensor], options: dict[str, Any] | No
     assert torch.equal(y[0] if isinstance(y, tuple) else y, got["y"])
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (5, 7), (2, 3, 64), (9, 768), (6, 1000), (5, 4096), (3, 5000), (2, 262144)])
+@pytest.mark.parametrize(
+    "shape", [(3, 1), (5, 7), (2, 3, 64), (9, 768), (6, 1000), (5, 4096), (3, 5000), (2, 33000), (2, 262144)]
+)
 @pytest.mark.parametrize("dtype", law.LOW)
 def test_shapes(way, shape, dtype):
+    if way == "triton" and launch.INTERPRETED and shape[-1] > 100000:
+        pytest.skip("33000 columns take the same road, and the interpreter less time")
     holds(way, tensors(*shape, dtype=dtype))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import each
@@ -19,8 +20,9 @@ ROWS = 50
 
 
 @pytest.fixture(params=each.WAYS)
-def way(request: pytest.FixtureRequest) -> str:
-    return request.param
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    with each.placed(request.param):
+        yield request.param
 
 
 def layouts(batch: int, seqlen: int, nheads: int, headdim: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

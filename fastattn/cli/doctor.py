@@ -18,7 +18,7 @@ import torch
 
 import fastattn
 from fastattn.cli import matrix
-from fastattn.runtime import env, native
+from fastattn.runtime import env, launch, native
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,9 +75,11 @@ def _compiler(module: Any) -> str:
 
 
 def _state(backend: Any) -> str:
-    """Whether the backend's module can be imported; what it refuses in a given call is `fastattn.explain`'s to say."""
+    """Whether the backend can run on this machine; what it refuses in a given call is `fastattn.explain`'s to say."""
     if backend.name == "cpu" and native.error() is not None:
         return f"missing, {native.error()}"
+    if backend.name == "triton" and (wants := launch.objections("cuda" if torch.cuda.is_available() else "cpu")):
+        return f"cannot run here, wants {'; '.join(wants)}"
     try:
         importlib.import_module(backend.module)
     except (ImportError, RuntimeError) as failure:

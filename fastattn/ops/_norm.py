@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastattn.ops import _alloc, _check
-from fastattn.runtime import native
+from fastattn.runtime import launch, native
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class NormSpec:
+class NormSpec(NamedTuple):
     """What a backend needs to know to say whether it takes the call."""
 
     op: str
@@ -105,6 +103,14 @@ def cpu_objections(spec: NormSpec) -> list[str]:
         found.append(f"dtype {_short(spec.dtype)} is not among float32, bfloat16, float16")
     if len(spec.shape) > 8:
         found.append(f"x has {len(spec.shape)} dimensions, the kernels take 8")
+    return found
+
+
+def triton_objections(spec: NormSpec) -> list[str]:
+    """Why the Triton kernels do not take a norm."""
+    found = launch.objections(spec.device)
+    if spec.dtype not in NATIVE_DTYPES:
+        found.append(f"dtype {_short(spec.dtype)} is not among float32, bfloat16, float16")
     return found
 
 

@@ -1,9 +1,10 @@
 """Who computes rope, best first. The reference takes every valid call."""
 
 from fastattn.ops._dispatch import Backend
-from fastattn.ops.rope.spec import cpu_objections
+from fastattn.ops.rope.spec import cpu_objections, triton_objections
 
 BACKENDS = (
     Backend("cpu", "fastattn.ops.rope._cpu", cpu_objections),
+    Backend("triton", "fastattn.ops.rope._triton", triton_objections),
     Backend("reference", "fastattn.ops.rope.reference", lambda spec: []),
 )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastattn.ops import _check
 
 
-@dataclass(frozen=True)
-class RopeSpec:
+class RopeSpec(NamedTuple):
     """What a backend needs to know to say whether it takes the call."""
 
     op: str
@@ -145,6 +143,16 @@ def cpu_objections(spec: RopeSpec) -> list[str]:
         found.append(str(native.error()))
     if spec.device != "cpu":
         found.append(f"x is on {spec.device}, the kernel is for the CPU")
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        found.append(f"dtype {str(spec.dtype).removeprefix('torch.')} is not among float32, bfloat16, float16")
+    return found
+
+
+def triton_objections(spec: RopeSpec) -> list[str]:
+    """Why the Triton kernel does not take a call."""
+    from fastattn.runtime import launch
+
+    found = launch.objections(spec.device)
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         found.append(f"dtype {str(spec.dtype).removeprefix('torch.')} is not among float32, bfloat16, float16")
     return found

@@ -1,0 +1,79 @@
+"""Compiles recorded Triton launches ahead of time for a named architecture, on any machine, and reads the result."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastattn.runtime.launch import Launch
+
+# Shared memory that one block may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one architecture: registers per thread, bytes of stack (spills live there) and shared memory."""
+
+    kernel: str
+    arch: int
+    num_warps: int
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction's name occurs in the PTX, such as "wgmma.mma_async" or "mma.sync"."""
+        return len(re.findall(rf"\b{re.escape(instruction)}", self.ptx))
+
+    def __str__(self) -> str:
+        name = f"{self.kernel} sm_{self.arch}, {self.num_warps} warps"
+        return f"{name}: {self.registers} registers, {self.stack} B stack, {self.shared} B shared"
+
+
+def key(launch: Launch) -> tuple[Any, ...]:
+    """Launches with equal keys compile to the same code."""
+    from fastattn.runtime.launch import _class_of
+
+    constants = tuple(launch.constants.items())
+    return launch.kernel.__name__, launch.num_warps, launch.num_stages, constants, *map(_class_of, launch.args)
+
+
+def compile_launch(launch: Launch, arch: int) -> Compiled:
+    """Compile as Triton would on a GPU of compute capability `arch` (90 means sm_90). Raises what the compiler raises."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, target = launch.kernel, GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, unbound = bind(*launch.args, **launch.constants, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, unbound)
+    source = ASTSource(kernel, signature, constants, attributes)
+    built = triton.compile(source, target=target, options=parsed.__dict__)
+    registers, stack = _resources(built.asm["cubin"])
+    name = kernel.__name__
+    return Compiled(name, arch, launch.num_warps, registers, stack, built.metadata.shared, built.asm["ptx"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack, as cuobjdump of Triton's wheel reports them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"aot: cuobjdump did not report resources: {text}")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,217 @@
+"""Launches Triton kernels: on a GPU with little host time, through the interpreter on CPU tensors, or into a record.
+
+A backend calls `run` and never `kernel[grid]`. The first launch of a specialisation goes through Triton, which compiles
+it; later ones reuse the compiled kernel by a key of our own, because Triton's binder costs more than our whole call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "yes", "on", "y")
+LOWEST_ARCH = 80
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: what `fastattn.runtime.aot` needs to compile the kernel for any architecture."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class Recording:
+    """Pretends to be a GPU of compute capability `arch` with `sms` multiprocessors; collects launches, runs nothing."""
+
+    arch: int
+    sms: int
+    launches: list[Launch] = field(default_factory=list)
+
+
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent from builds of torch without CUDA
+_stream_of: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_recording: Recording | None = None
+_PLAIN = frozenset({int, float, type(None)})
+_MOST_EXACT = 1 << 14
+_compiled: dict[tuple[Any, ...], Any] = {}  # by specialisation
+_exact: dict[tuple[Any, ...], Any] = {}  # the same, by the numbers themselves: found sooner when a call is repeated
+
+
+def objections(device: str) -> list[str]:
+    """Why Triton kernels cannot serve tensors on `device` ("cpu", "cuda"); empty when they can."""
+    found = [] if _INSTALLED else ["the package triton is not installed"]
+    if device == "cuda":
+        if _lowest_arch_here() < LOWEST_ARCH:
+            found.append(f"a GPU of compute capability 8.0 or newer, got {_lowest_arch_here() / 10}")
+    elif device != "cpu":
+        found.append(f"device cuda, got {device}")
+    elif not INTERPRETED and _recording is None:
+        found.append("device cuda, got cpu (with TRITON_INTERPRET=1 Triton's interpreter runs the kernels, slowly)")
+    return found
+
+
+@functools.cache
+def _lowest_arch_here() -> int:
+    return min(_arch_of(i) for i in range(torch.cuda.device_count()))
+
+
+@functools.cache
+def _arch_of(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@functools.cache
+def _sms_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability as in sm_90: 90. Interpreted kernels are tuned like the lowest architecture."""
+    if _recording is not None:
+        return _recording.arch
+    return LOWEST_ARCH if device.type == "cpu" else _arch_of(_index(device))
+
+
+def sms(device: torch.device) -> int:
+    """The number of streaming multiprocessors."""
+    if _recording is not None:
+        return _recording.sms
+    return 1 if device.type == "cpu" else _sms_of(_index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient rounded up. Triton's own function of this name costs the host microseconds, like the next."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@contextlib.contextmanager
+def recording(arch: int, sms: int = 132) -> Iterator[Recording]:
+    """Within the block launches are collected instead of run, and CPU tensors pass for those of such a GPU."""
+    global _recording
+    if INTERPRETED:
+        raise RuntimeError("launch: recording needs kernels that can be compiled, but TRITON_INTERPRET is set")
+    before, _recording = _recording, Recording(arch, sms)
+    try:
+        yield _recording
+    finally:
+        _recording = before
+
+
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> None:
+    """Launch `kernel` on the current stream of the device of its first tensor.
+
+    args       tensors, ints, floats and None for the kernel's ordinary parameters, in order
+    constants  its tl.constexpr parameters by name, which stand after the ordinary ones and in the order given here
+    An empty grid launches nothing.
+    """
+    if 0 in grid:
+        return
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
+        return
+    if INTERPRETED:
+        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+        return
+    device = args[0].get_device()
+    if device != _current_device():
+        with torch.cuda.device(device):
+            _launch(kernel, grid, args, constants, num_warps, num_stages, device)
+    else:
+        _launch(kernel, grid, args, constants, num_warps, num_stages, device)
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    device: int,
+) -> None:
+    values = tuple(constants.values())
+    facts = [a if type(a) in _PLAIN else (a.dtype, a.data_ptr() & 15) for a in args]
+    exact = (id(kernel), device, num_warps, num_stages, values, *facts)
+    known = _exact.get(exact)
+    if known is None or _profiled():
+        key = (id(kernel), device, num_warps, num_stages, values, *map(_class_of, args))
+        known = _compiled.get(key)
+        if known is None or _profiled():
+            _compiled[key] = _first(kernel, grid, args, constants, num_warps, num_stages)
+            return
+        if len(_exact) >= _MOST_EXACT:
+            _exact.clear()
+        _exact[exact] = known
+    launcher, function, metadata = known
+    x, y, z = (*grid, 1, 1)[:3]
+    launcher(x, y, z, _stream_of(device), function, metadata, None, None, None, *args, *values)
+
+
+def _first(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+) -> tuple[Any, Any, Any]:
+    """Launch through Triton, which compiles; what a later launch needs."""
+    compiled = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+    return compiled.run, compiled.function, compiled.packed_metadata
+
+
+def _class_of(arg: Any) -> Any:
+    """At least as fine as what Triton specialises on: dtype and alignment, one, multiples of 16, width of integers."""
+    kind = type(arg)
+    if kind is int:
+        if arg == 1:
+            return 1
+        wide = not -0x80000000 <= arg < 0x80000000
+        return (2 if arg & 15 else 16) + wide
+    if arg is None or kind is float:
+        return kind
+    return arg.dtype, arg.data_ptr() & 15
+
+
+def _profiled() -> bool:
+    """Triton's launch hooks (its profiler) must see every launch."""
+    hook = _knobs().launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
+@functools.cache
+def _knobs() -> Any:
+    from triton import knobs
+
+    return knobs.runtime

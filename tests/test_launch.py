@@ -1,0 +1,157 @@
+"""The launcher of Triton kernels: what it takes for the same specialisation, and what a launch costs the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.runtime import launch
+
+
+class Driver:
+    """Stands in for Triton and CUDA: counts the launches that arrive."""
+
+    def __init__(self) -> None:
+        self.first = self.later = 0
+        self.seen: tuple[Any, ...] = ()
+
+    def compile(self, *_: Any) -> tuple[Any, Any, Any]:
+        self.first += 1
+        return self.launch, "function", "metadata"
+
+    def launch(self, *args: Any) -> None:
+        self.later += 1
+        self.seen = args
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    """CPU tensors are taken for those of the current GPU, and nothing runs."""
+    driver = Driver()
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "objections", lambda device: [])
+    monkeypatch.setattr(launch, "_first", driver.compile)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_exact", {})
+    monkeypatch.setattr(launch, "_current_device", lambda: -1)  # what a CPU tensor answers
+    monkeypatch.setattr(launch, "_stream_of", lambda device: 7)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)  # poisoning would count as host time
+    yield driver
+
+
+def _run(*args: Any, **constants: Any) -> None:
+    launch.run("kernel", (3, 2), args, constants)
+
+
+def test_equal_specialisations_compile_once(driver):
+    x = torch.zeros(64)
+    _run(x, 32, 5, 0.5, None, BLOCK=16)
+    assert (driver.first, driver.later) == (1, 0)
+    _run(x, 48, 6, 0.25, None, BLOCK=16)  # multiples of 16 and other integers are alike
+    assert (driver.first, driver.later) == (1, 1)
+    assert driver.seen[:6] == (3, 2, 1, 7, "function", "metadata")
+    assert driver.seen[9:] == (x, 48, 6, 0.25, None, 16)
+    _run(x, 48, 6, 0.25, None, BLOCK=16)
+    assert (driver.first, driver.later) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("dtype", torch.zeros(64, dtype=torch.float16), 32),
+        ("alignment", torch.zeros(65)[1:], 32),
+        ("one", None, 1),
+        ("not a multiple of 16", None, 33),
+        ("wide", None, 1 << 32),
+        ("absent", None, None),
+    ],
+    ids=lambda other: other[0],
+)
+def test_other_specialisations_compile_anew(driver, other):
+    x = torch.zeros(64)
+    _run(x, 32, BLOCK=16)
+    _run(x if other[1] is None else other[1], other[2], BLOCK=16)
+    assert driver.first == 2
+
+
+def test_constants_and_warps_compile_anew(driver):
+    x = torch.zeros(64)
+    _run(x, BLOCK=16)
+    _run(x, BLOCK=32)
+    launch.run("kernel", (1,), (x,), {"BLOCK": 16}, num_warps=8)
+    launch.run("another", (1,), (x,), {"BLOCK": 16})
+    assert driver.first == 4
+
+
+def test_numbers_that_never_repeat_do_not_pile_up(driver, monkeypatch):
+    monkeypatch.setattr(launch, "_MOST_EXACT", 8)
+    x = torch.zeros(64)
+    for n in range(100, 200):
+        _run(x, 16 * n, BLOCK=16)
+    assert (driver.first, driver.later) == (1, 99)
+    assert len(launch._exact) <= 8
+
+
+def test_nothing_to_do_is_not_launched(driver):
+    launch.run("kernel", (0, 4), (torch.zeros(1),), {})
+    assert driver.first == 0
+
+
+def test_recording_collects_and_runs_nothing(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with launch.recording(90, sms=132) as recorded:
+        assert launch.arch(torch.device("cpu")) == 90 and launch.sms(torch.device("cpu")) == 132
+        assert not launch.objections("cpu")
+        _run(torch.zeros(4), 3, BLOCK=8)
+    assert [(r.kernel, r.grid, r.constants) for r in recorded.launches] == [("kernel", (3, 2), {"BLOCK": 8})]
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(fastattn.UnsupportedError, match="device cuda, got cpu"), fastattn.use_backend("triton"):
+        fastattn.rms_norm(torch.zeros(2, 8))
+
+
+def _microseconds(call: Callable[[], Any], enough: float) -> float:
+    """The best of many means, for other work on the machine only ever adds; stops early when `enough` is reached."""
+    best, deadline = float("inf"), time.perf_counter() + 10
+    while best > enough and time.perf_counter() < deadline:
+        for _ in range(20):
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            best = min(best, 1e6 * (time.perf_counter() - start) / 50)
+    return best
+
+
+def _calls() -> dict[str, Callable[[], Any]]:
+    x, residual = torch.zeros(2, 4, 64), torch.zeros(2, 4, 64)
+    weight, bias = torch.ones(64), torch.zeros(64)
+    q, k = torch.zeros(1, 4, 4, 64), torch.zeros(1, 4, 2, 64)
+    cos, sin = torch.ones(4, 32), torch.zeros(4, 32)
+    return {
+        "rms_norm": lambda: fastattn.rms_norm(x, weight),
+        "rms_norm with residual": lambda: fastattn.rms_norm(x, weight, residual=residual),
+        "layer_norm": lambda: fastattn.layer_norm(x, weight, bias),
+        "rope_qk": lambda: fastattn.rope_qk(q, k, cos, sin),
+        "attention": lambda: fastattn.attention(q, k, k, causal=True),
+    }
+
+
+@pytest.mark.parametrize("name", _calls())
+def test_host_cost(driver, name, capsys):
+    """At most 25 µs from the public call to the launch on a warm cache."""
+    call = _calls()[name]
+    with fastattn.use_backend("triton"):
+        call()
+        cost = _microseconds(call, enough=25)
+    assert driver.later > 0
+    with capsys.disabled():
+        print(f"\n{name}: {cost:.1f} µs from the call to the launch", end="")
+    assert cost <= 25

@@ -1,0 +1,80 @@
+"""Compile every Triton kernel for a GPU that need not be there, and hold it to the limits of that GPU.
+
+    python tests/triton_aot.py [--arch 80 90 100] [--room norm_rope attention ...] [--all] [--quiet]
+
+Records the launches of the rooms' tuning rows (tests/aot_<room>.py), compiles each distinct one, and prints registers,
+stack (where spills live) and shared memory. Exit code 1 when a kernel spills, does not fit, or lacks the tensor
+instructions of its architecture. Without --all a sample; with it every row, dtype and option that changes the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: interpreted kernels cannot be compiled
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fastattn.runtime import aot
+from fastattn.runtime.launch import Launch
+
+ROOMS = ("norm_rope", "attention", "decode")
+
+
+def distinct(room: str, arch: int, *, everything: bool) -> Iterator[Launch]:
+    """The room's launches that compile to different code."""
+    seen = set()
+    for launch in importlib.import_module(f"aot_{room}").launches(arch, everything=everything):
+        key = aot.key(launch)
+        if key not in seen:
+            seen.add(key)
+            yield launch
+
+
+def faults(built: aot.Compiled) -> list[str]:
+    """What a compiled kernel does wrong."""
+    found = []
+    if built.stack > 0:
+        found.append(f"{built.stack} bytes of stack per thread: it spills")
+    if built.shared > aot.SHARED_LIMIT[built.arch]:
+        found.append(f"{built.shared} bytes of shared memory, {aot.SHARED_LIMIT[built.arch]} fit")
+    threads = 32 * built.num_warps
+    if built.registers * threads > 65536:
+        found.append(f"{built.registers} registers for {threads} threads do not fit")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--room", nargs="+", default=ROOMS, choices=ROOMS)
+    parser.add_argument("--all", action="store_true", help="every tuning row, dtype and option")
+    parser.add_argument("--quiet", action="store_true", help="print the kernels at fault alone")
+    options = parser.parse_args()
+    bad = count = 0
+    for arch in options.arch:
+        for room in options.room:
+            for launch in distinct(room, arch, everything=options.all):
+                start = time.perf_counter()
+                built = aot.compile_launch(launch, arch)
+                wrong = faults(built)
+                if wrong or not options.quiet:
+                    seconds = time.perf_counter() - start
+                    print(f"{built}, {seconds:.1f} s  {_constants(launch)}  {'; '.join(wrong)}", flush=True)
+                bad += bool(wrong)
+                count += 1
+    print(f"{count} kernels compiled, {bad} at fault")
+    return 1 if bad else 0
+
+
+def _constants(launch: Launch) -> str:
+    return " ".join(f"{name}={value}" for name, value in launch.constants.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
