@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-quick lint format bench sanitize docs wheel clean
+.PHONY: demo test test-quick lint format bench sanitize aot docs wheel clean
 
 test: $(VENV)/test
 	$(BIN)/pytest
@@ -33,6 +33,10 @@ format: $(VENV)/lint
 SANITIZE_TESTS ?= tests/test_native_memory.py
 sanitize: $(VENV)/test
 	$(BIN)/python tests/sanitize.py $(SANITIZE_TESTS)
+
+# Every Triton kernel, tuning row and option, compiled for sm_80, sm_90 and sm_100 (a sample of it is in `make test`).
+aot: $(VENV)/test
+	$(BIN)/python tests/triton_aot.py --all --quiet
 
 docs: $(VENV)/test
 	$(BIN)/fastattn doctor --matrix > docs/support-matrix.md

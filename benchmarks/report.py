@@ -48,10 +48,14 @@ def line(case: Sequence[Row]) -> tuple[str, ...]:
     if ours.axis == "threads":
         place += f", {ours.threads} threads"
     time = _time(ours)
-    rate = "" if ours.rate is None else f"{ours.rate:.0f} {'GFLOP/s' if ours.bound == 'flops' else 'GB/s'}"
+    rate = "" if ours.rate is None else _rate(ours.rate, "FLOP/s" if ours.bound == "flops" else "B/s")
     # A busy machine slows the peak and the sample by different amounts, so their quotient says nothing.
     share = "" if ours.share is None or ours.noisy else f"{100 * ours.share:.0f} %"
     return place, ours.dtype, time, rate, share, " · ".join(_rival(row) for row in case if row.contender != OURS)
+
+
+def _rate(giga: float, unit: str) -> str:
+    return f"{giga / 1e3:.4g} T{unit}" if giga >= 1e4 else f"{giga:.0f} G{unit}"
 
 
 def _time(row: Row) -> str:

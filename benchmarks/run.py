@@ -109,7 +109,7 @@ class Runner:
         found = []
         for name, facts in rows.items():
             if name in timings:
-                facts |= _speed(case, timings[name], ours, peak)
+                facts |= speed(case, timings[name], ours, peak)
             found.append(_row(case, threads, name, facts))
         del problem, calls
         gc.collect()
@@ -118,7 +118,7 @@ class Runner:
     def _admit(self, contender: Contender, problem: Problem, case: Case) -> tuple[dict[str, Any], Prepared | None]:
         if self.quick and contender.name in COMPILED and case.row != "window":
             return {"status": "absent", "reason": "left out by --quick, because compiling takes seconds"}, None
-        return _admit(contender, problem)
+        return admit(contender, problem)
 
     def _peak(self, case: Case, threads: int) -> float | None:
         if case.bound == "flops":
@@ -128,7 +128,7 @@ class Runner:
         return self.attainable.read(int(case.work), threads) if case.bound == "read" else None
 
 
-def _admit(contender: Contender, problem: Problem) -> tuple[dict[str, Any], Prepared | None]:
+def admit(contender: Contender, problem: Problem) -> tuple[dict[str, Any], Prepared | None]:
     """Prepare, run once, judge. Only a lawful contender is timed."""
     try:
         prepared = contender.prepare()
@@ -145,7 +145,7 @@ def _admit(contender: Contender, problem: Problem) -> tuple[dict[str, Any], Prep
     return {"status": "ok", **errors}, prepared
 
 
-def _speed(case: Case, timing: Timing, ours: Timing | None, peak: float | None) -> dict[str, Any]:
+def speed(case: Case, timing: Timing, ours: Timing | None, peak: float | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "seconds": timing.median,
         "p20": timing.p20,

@@ -314,7 +314,7 @@ SMALL = [
 def _settled(problem: Problem) -> dict[str, str]:
     """Contender -> status, without timing and without those that compile."""
     chosen = [c for c in problem.contenders if c.name not in ("Flex", "compiled")]
-    return {c.name: run._admit(c, problem)[0]["status"] for c in chosen}
+    return {c.name: run.admit(c, problem)[0]["status"] for c in chosen}
 
 
 @pytest.mark.parametrize(("row", "shape"), SMALL, ids=[f"{row}: {shape.label}" for row, shape in SMALL])
@@ -338,7 +338,7 @@ def test_the_gate_catches_a_rival_that_ignores_the_mask():
     blind = Contender(
         "blind", lambda: Prepared(lambda: F.scaled_dot_product_attention(q, k, v), attention.Sample(shape).output)
     )
-    assert run._admit(blind, problem)[0]["status"] == "WRONG"
+    assert run.admit(blind, problem)[0]["status"] == "WRONG"
 
 
 def test_norm_and_rope_contenders_agree_with_float64(monkeypatch: pytest.MonkeyPatch):

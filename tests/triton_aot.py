@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a GPU that need not be there, and hold it to the limits of that GPU.
 
-    python tests/triton_aot.py [--arch 80 90 100] [--room norm_rope attention ...] [--all] [--quiet]
+    python tests/triton_aot.py [--arch 80 90 100] [--room norm_rope attention ...] [--all] [--quiet] [--at-most N]
 
 Records the launches of the rooms' tuning rows (tests/aot_<room>.py), compiles each distinct one, and prints registers,
 stack (where spills live) and shared memory. Exit code 1 when a kernel spills, does not fit, or lacks the tensor
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fastattn.runtime import aot
 from fastattn.runtime.launch import Launch
 
+PARKED = 16  # bytes of stack that are no fault: a scalar or two that the compiler keeps there outside the loop
 ROOMS = ("norm_rope", "attention", "decode")
 
 
@@ -39,7 +40,7 @@ def distinct(room: str, arch: int, *, everything: bool) -> Iterator[Launch]:
 def faults(built: aot.Compiled) -> list[str]:
     """What a compiled kernel does wrong."""
     found = []
-    if built.stack > 0:
+    if built.stack > PARKED:
         found.append(f"{built.stack} bytes of stack per thread: it spills")
     if built.shared > aot.SHARED_LIMIT[built.arch]:
         found.append(f"{built.shared} bytes of shared memory, {aot.SHARED_LIMIT[built.arch]} fit")
@@ -55,11 +56,13 @@ def main() -> int:
     parser.add_argument("--room", nargs="+", default=ROOMS, choices=ROOMS)
     parser.add_argument("--all", action="store_true", help="every tuning row, dtype and option")
     parser.add_argument("--quiet", action="store_true", help="print the kernels at fault alone")
+    parser.add_argument("--at-most", type=int, help="so many kernels per room and architecture, spread evenly")
     options = parser.parse_args()
     bad = count = 0
     for arch in options.arch:
         for room in options.room:
-            for launch in distinct(room, arch, everything=options.all):
+            chosen = list(distinct(room, arch, everything=options.all))
+            for launch in chosen[:: -(-len(chosen) // options.at_most) if options.at_most else 1]:
                 start = time.perf_counter()
                 built = aot.compile_launch(launch, arch)
                 wrong = faults(built)

@@ -244,3 +244,24 @@ def cast(scenario: Scenario, dtype: torch.dtype, wide: bool = False) -> dict[str
         rounded = tensor if name in scenario.keep else tensor.to(dtype)
         found[name] = (rounded.double() if wide else rounded.clone()).requires_grad_(name in scenario.leaves)
     return found
+
+
+class Placed:
+    """`ops` with every call made on `device`: arguments go there and results come back, with their gradients."""
+
+    def __init__(self, ops: Any, device: str) -> None:
+        self._ops, self._device = ops, device
+
+    def __getattr__(self, name: str) -> Call:
+        function = getattr(self._ops, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            given = [*args, *options.values()]
+            there = [x.to(self._device) if isinstance(x, Tensor) else x for x in given]
+            found = function(*there[: len(args)], **dict(zip(options, there[len(args) :], strict=True)))
+            if name == "attention_kvcache":  # it appends to the caches in place
+                for here, moved in zip(given[1:3], there[1:3], strict=True):
+                    here.copy_(moved)
+            return tuple(x.cpu() for x in found) if isinstance(found, tuple) else found.cpu()
+
+        return call

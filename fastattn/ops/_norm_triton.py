@@ -381,14 +381,9 @@ def backward(
     """dx, dweight, dbias; a dtype of None means that this gradient is not wanted."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cols, rows = x.shape[-1], rstd.numel()
-    outputs = [
-        None if dtype is None else torch.zeros(cols, dtype=dtype, device=x.device)
-        if rows == 0
-        else torch.empty(cols, dtype=dtype, device=x.device)
-        for dtype in (dweight_dtype, dbias_dtype)
-    ]  # fmt: skip
+    dweight, dbias = (_vector(dtype, cols, rows, x.device) for dtype in (dweight_dtype, dbias_dtype))
     if dx.numel() == 0:
-        return dx, *outputs
+        return dx, dweight, dbias
     dy, y_rows = rows_of(dy)
     x, x_rows = rows_of(x)
     dsum, s_rows = (None, None) if dsum is None else rows_of(dsum)
@@ -397,7 +392,7 @@ def backward(
     if cols <= _WIDEST_BWD:
         block, share, warps = _plan(cols, rows, sms, 512)
         programs, rows_each = _ownership(rows, share, sms * max(1, min(4, 8192 // block)))
-        partials = _partials(outputs, programs, cols)
+        partials = _partials((dweight, dbias), programs, cols)
         launch.run(
             norm_bwd_kernel,
             (programs,),
@@ -414,7 +409,7 @@ def backward(
             num_warps=16,
         )
         programs, rows_each = _ownership(rows, 4, max(1, 8 * sms // launch.cdiv(cols, 512)))
-        partials = _partials(outputs, programs, cols)
+        partials = _partials((dweight, dbias), programs, cols)
         if partials != (None, None):
             launch.run(
                 norm_bwd_columns_kernel,
@@ -423,11 +418,18 @@ def backward(
                 {"CENTRED": mean is not None, "BLOCK_M": 4, "BLOCK_N": 512},
                 num_warps=8,
             )
-    for partial, out in zip(partials, outputs, strict=True):
+    for partial, out in zip(partials, (dweight, dbias), strict=True):
         if out is not None:
             grid, constants = (launch.cdiv(cols, 64),), {"BLOCK_M": 32, "BLOCK_N": 64}
             launch.run(norm_bwd_reduce_kernel, grid, (partial, out, programs, cols), constants, num_warps=4)
-    return dx, *outputs
+    return dx, dweight, dbias
+
+
+def _vector(dtype: torch.dtype | None, cols: int, rows: int, device: torch.device) -> Tensor | None:
+    """Room for dweight or dbias; without rows nothing writes it, and the sum over none is 0."""
+    if dtype is None:
+        return None
+    return (torch.empty if rows else torch.zeros)(cols, dtype=dtype, device=device)
 
 
 def _flat(rows: Rows | None) -> tuple[int, ...]:
@@ -440,7 +442,7 @@ def _ownership(rows: int, share: int, programs: int) -> tuple[int, int]:
     return launch.cdiv(rows, rows_each), rows_each
 
 
-def _partials(outputs: list[Tensor | None], programs: int, cols: int) -> tuple[Tensor | None, ...]:
+def _partials(outputs: tuple[Tensor | None, ...], programs: int, cols: int) -> tuple[Tensor | None, ...]:
     """Room for one partial sum per program, for the gradients that are wanted."""
     return tuple(
         None if out is None else torch.empty(programs, cols, dtype=torch.float32, device=out.device) for out in outputs

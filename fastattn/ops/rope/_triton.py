@@ -97,10 +97,7 @@ def forward(op, x, k, cos, sin, position_ids, interleaved, inverse):
     half = cos.shape[-1]
     nheads_k, headdim_k = (0, 0) if k is None else k.shape[-2:]
     grid, groups, constants = _plan(rows, half, nheads, headdim, nheads_k, headdim_k, launch.sms(x.device))
-    ids = (0, 0)
-    if position_ids is not None:
-        ids = (position_ids.stride(0) if position_ids.dim() == 2 and position_ids.shape[0] > 1 else 0,)
-        ids = (*ids, position_ids.stride(-1))
+    ids = (0, 0) if position_ids is None else _ids(position_ids)
     launch.run(
         rope_kernel,
         grid,
@@ -152,3 +149,7 @@ def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
 
 def _table(table: torch.Tensor) -> tuple[int, int]:
     return (table.stride(0) if table.dim() == 3 and table.shape[0] > 1 else 0, table.stride(-2))
+
+
+def _ids(ids: torch.Tensor) -> tuple[int, int]:
+    return (ids.stride(0) if ids.dim() == 2 and ids.shape[0] > 1 else 0, ids.stride(-1))

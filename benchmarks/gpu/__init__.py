@@ -1,0 +1,1 @@
+"""The measurements that need a GPU: `python -m fastattn.benchmarks.gpu PART --out FOLDER`."""
