@@ -29,10 +29,11 @@ format: $(VENV)/lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
 
-# The C++ under AddressSanitizer and UndefinedBehaviourSanitizer; `make sanitize SANITIZE_TESTS=tests` runs everything.
+# The C++ under the sanitizers for memory, undefined behaviour and threads; SANITIZE_TESTS=tests runs everything.
 SANITIZE_TESTS ?= tests/test_native_memory.py
 sanitize: $(VENV)/test
 	$(BIN)/python tests/sanitize.py $(SANITIZE_TESTS)
+	$(BIN)/python tests/sanitize.py --thread $(SANITIZE_TESTS)
 
 # Every Triton kernel, tuning row and option, compiled for sm_80, sm_90 and sm_100 (a sample of it is in `make test`).
 aot: $(VENV)/test

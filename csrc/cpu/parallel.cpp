@@ -18,6 +18,9 @@ struct Pool {
   GompParallel parallel = nullptr;
   GompThreadNum thread_num = nullptr;
   Pool() {
+#ifdef __SANITIZE_THREAD__
+    return;  // ThreadSanitizer does not see libgomp's barriers; threads of our own it does
+#endif
     find(RTLD_DEFAULT);
     // torch is not loaded yet, or brings no OpenMP: a global libgomp is the one that a later import of torch reuses.
     if (parallel == nullptr)
