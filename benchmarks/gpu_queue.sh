@@ -12,17 +12,23 @@
 # tune      searches the tiles of the attention kernels and prints rows for tuning.py
 # all       every part above but tune, one after the other
 #
-# Each part writes OUTDIR/<part>.log and exits with its own status. `build` must have run once on the machine.
+# Each part writes OUTDIR/<part>.log and exits with its own status. `build` must have run once on the machine; where it
+# reaches no package index, the folder WHEELS (default .whl) holds what is missing there: pytest, hypothesis, pybind11.
 set -euo pipefail
 part=${1:?a part: build, test, verify, forward, backward, masked, decode, norms, rope, tune or all}
 out=${2:?a folder for results and logs}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+wheels=${WHEELS:-.whl}
 mkdir -p "$out"
 
 build() {
-  FASTATTN_REQUIRE_NATIVE=1 "$python" -m pip install -q --no-build-isolation --no-deps --break-system-packages -e . ||
-    "$python" setup.py -q build_ext --inplace -j "$(nproc)"
+  for package in pybind11 pytest hypothesis expecttest; do
+    "$python" -c "import $package" 2>/dev/null && continue
+    if [ -d "$wheels" ]; then index=(--no-index --find-links "$wheels"); else index=(); fi
+    "$python" -m pip install -q "${index[@]}" "$package" || echo "gpu_queue: no $package"
+  done
+  FASTATTN_REQUIRE_NATIVE=1 "$python" -m pip install -q --no-build-isolation --no-deps -e .
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv || true
   "$python" -m fastattn doctor
 }

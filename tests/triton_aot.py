@@ -37,9 +37,11 @@ def distinct(room: str, arch: int, *, everything: bool) -> Iterator[Launch]:
             yield launch
 
 
-def faults(built: aot.Compiled) -> list[str]:
-    """What a compiled kernel does wrong."""
+def faults(built: aot.Compiled, launch: Launch | None = None) -> list[str]:
+    """What a compiled kernel, or its launch, does wrong."""
     found = []
+    if launch is not None and launch.kernel.arg_names[len(launch.args) :] != list(launch.constants):
+        found.append(f"constants out of order: {list(launch.constants)}")
     if built.stack > PARKED:
         found.append(f"{built.stack} bytes of stack per thread: it spills")
     if built.shared > aot.SHARED_LIMIT[built.arch]:
@@ -65,7 +67,7 @@ def main() -> int:
             for launch in chosen[:: -(-len(chosen) // options.at_most) if options.at_most else 1]:
                 start = time.perf_counter()
                 built = aot.compile_launch(launch, arch)
-                wrong = faults(built)
+                wrong = faults(built, launch)
                 if wrong or not options.quiet:
                     seconds = time.perf_counter() - start
                     print(f"{built}, {seconds:.1f} s  {_constants(launch)}  {'; '.join(wrong)}", flush=True)
