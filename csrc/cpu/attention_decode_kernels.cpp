@@ -1,9 +1,9 @@
 // attention_decode: few query rows against many keys, bound by reading K and V once.
 // One task per (batch, key head, piece of keys); all query heads of the group share the task's reads. Lanes run over
 // the head dimension; rows go in fours, so that VL dot products (VL / 4 keys x 4 rows) are reduced together by one
-// transposing tree. Pieces have a fixed length, hence results depend neither on the batch nor on the threads.
-// A second pass merges the pieces. Bound: memory, 2 * headdim * nheads_k elements per key.
-// Dao et al., Flash-Decoding, 2023.
+// transposing tree; a single row (no grouped heads, one token) goes alone, with VL keys per tree. Pieces have a fixed length, hence
+// results depend neither on the batch nor on the threads. A second pass merges the pieces. Bound: memory, 2 * headdim * nheads_k
+// elements per key. Dao et al., Flash-Decoding, 2023.
 #include "attention_scores.h"
 #include "attention_tiles.h"
 #include "kernels.h"
@@ -13,12 +13,10 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kPiece = 1024;   // keys per task
-constexpr int64_t kBlock = 256;    // keys between two softmax updates
-constexpr int kFour = 4;           // rows handled together
-constexpr int kKeys = VL / kFour;  // keys per reduction
-constexpr int kMaxRows = 16;       // query rows per key head
-constexpr int64_t kAhead = 16;     // rows of prefetch
+constexpr int64_t kPiece = 1024;  // keys per task
+constexpr int64_t kBlock = 256;   // keys between two softmax updates
+constexpr int kMaxRows = 16;      // query rows per key head
+constexpr int64_t kAhead = 16;    // rows of prefetch
 
 // Sums the lanes of VL vectors: result[i] = sum of x[i].
 FASTATTN_INLINE vf reduce_each(vf (&x)[VL]) {
@@ -36,16 +34,20 @@ FASTATTN_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
 }
 
-template <class T, class Cells>
+// kRows rows are handled together: 4, or 1.
+template <class T, class Cells, int kRows>
 struct Decode {
+  static constexpr int kKeys = VL / kRows;           // keys per reduction
+  static constexpr int kTurns = kRows == 1 ? 2 : 1;  // sums over every kTurns-th key: enough chains to hide latency
+  static constexpr int kWide = VB == 64 ? 4 : 2;     // vectors of columns per pass: kRows x kWide accumulators
   static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
   const AttentionParams& p;
   const Head s;
   int64_t group, rows, cells;
-  float* queries;  // [fours][cells padded to VL][4 rows]: cell vectors of four rows side by side
-  float* scores;   // [kBlock][4]
+  float* queries;  // [rows / kRows][cells padded to VL][kRows]: cell vectors of kRows rows side by side
+  float* scores;   // [kBlock][kRows]
   float* pair_probs;
-  float* sums;  // [rows rounded up to 4][headdim_v padded to VL]
+  float* sums;  // [rows rounded up to kRows][headdim_v padded to VL]
 
   // Query row r of the key head: head s.hk * group + r / sq, position r % sq; rows past the end repeat the last.
   int64_t position(int64_t r) const { return min64(r, rows - 1) % s.sq; }
@@ -55,30 +57,30 @@ struct Decode {
       : p(params), s(head_of(params, b, hk * (params.nheads / params.nheads_k))), group(params.nheads / params.nheads_k) {
     rows = group * s.sq;
     cells = round_up((p.headdim + Cells::kPerCell - 1) / Cells::kPerCell, VL);
-    int64_t fours = round_up(rows, kFour), cols = round_up(p.headdim_v, VL);
-    float* at = static_cast<float*>(thread_scratch((fours * (cells + cols) + kBlock * kFour * 2 + 64) * 4));
+    int64_t fours = round_up(rows, kRows), cols = round_up(p.headdim_v, VL);
+    float* at = static_cast<float*>(thread_scratch((fours * (cells + cols) + kBlock * kRows * 2 + 64) * 4));
     queries = at;
     sums = queries + fours * cells;
     scores = sums + fours * cols;
-    pair_probs = scores + kBlock * kFour;
+    pair_probs = scores + kBlock * kRows;
     for (int64_t r = 0; r < fours; ++r) {
       Head h = s;
       h.h = head(r);
       const T* row = q_row<T>(p, h, position(r));
       for (int64_t cell = 0; cell < cells; cell += VL)
-        store_i(queries + r / kFour * kFour * cells + cell * kFour + r % kFour * VL, row_cells<Cells>(row, cell, p.headdim));
+        store_i(queries + r / kRows * kRows * cells + cell * kRows + r % kRows * VL, row_cells<Cells>(row, cell, p.headdim));
     }
   }
 
-  // Rows [r, r + 4) against keys [begin, end). Writes the unnormalised sums, the maximum (log2 units) and the total.
+  // Rows [r, r + kRows) against keys [begin, end). Writes the unnormalised sums, the maximum (log2 units) and the total.
   void run(int64_t begin, int64_t end, float* o_to, int64_t o_ld, float* top_to, float* total_to) {
-    for (int64_t r = 0; r < rows; r += kFour) {
-      float top[kFour], total[kFour];
-      for (int i = 0; i < kFour; ++i) top[i] = -kInfinity, total[i] = 0.0f;
+    for (int64_t r = 0; r < rows; r += kRows) {
+      float top[kRows], total[kRows];
+      for (int i = 0; i < kRows; ++i) top[i] = -kInfinity, total[i] = 0.0f;
       float* out = sums + r * round_up(p.headdim_v, VL);
-      __builtin_memset(out, 0, kFour * round_up(p.headdim_v, VL) * sizeof(float));
+      __builtin_memset(out, 0, kRows * round_up(p.headdim_v, VL) * sizeof(float));
       for (int64_t n = begin; n < end; n += kBlock) block(r, n, min64(kBlock, end - n), top, total, out);
-      for (int64_t i = 0; i < kFour && r + i < rows; ++i) {
+      for (int64_t i = 0; i < kRows && r + i < rows; ++i) {
         top_to[r + i] = top[i];
         total_to[r + i] = total[i];
         __builtin_memcpy(o_to + (r + i) * o_ld, out + i * round_up(p.headdim_v, VL), p.headdim_v * sizeof(float));
@@ -86,7 +88,7 @@ struct Decode {
     }
   }
 
-  void block(int64_t r, int64_t n0, int64_t count, float (&top)[kFour], float (&total)[kFour], float* out) {
+  void block(int64_t r, int64_t n0, int64_t count, float (&top)[kRows], float (&total)[kRows], float* out) {
     raw_scores(r, n0, count);
     bool careful = false;
     float c = p.scale * kLog2e;
@@ -95,29 +97,29 @@ struct Decode {
       c = 1.0f;
     }
     int64_t padded = round_up(count, 2 * kKeys);
-    for (int64_t i = count * kFour; i < padded * kFour; ++i) scores[i] = -kInfinity;
+    for (int64_t i = count * kRows; i < padded * kRows; ++i) scores[i] = -kInfinity;
     vf most = splat(-kInfinity);
-    for (int64_t i = 0; i < padded * kFour; i += VL) most = max(most, load(scores + i));
-    float shift[VL], factor[kFour];
-    for (int i = 0; i < kFour; ++i) {
+    for (int64_t i = 0; i < padded * kRows; i += VL) most = max(most, load(scores + i));
+    float shift[VL], factor[kRows];
+    for (int i = 0; i < kRows; ++i) {
       float m = top[i];
-      for (int j = i; j < VL; j += kFour) {
+      for (int j = i; j < VL; j += kRows) {
         float x = most[j] * c;
         m = x > m || x != x ? x : m;
       }
       factor[i] = top[i] == m ? 1.0f : exp2<6>(splat(top[i] - m))[0];
       top[i] = m;
-      for (int j = i; j < VL; j += kFour) shift[j] = m == -kInfinity ? 0.0f : -m;
+      for (int j = i; j < VL; j += kRows) shift[j] = m == -kInfinity ? 0.0f : -m;
     }
     vf sum = zero();
-    for (int64_t i = 0; i < padded * kFour; i += VL) {
+    for (int64_t i = 0; i < padded * kRows; i += VL) {
       vf x = exp2<kDegree>(fma(load(scores + i), splat(c), load(shift)));
       sum = sum + x;
       store(scores + i, x);
     }
-    for (int i = 0; i < kFour; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       float t = 0;
-      for (int j = i; j < VL; j += kFour) t += sum[j];
+      for (int j = i; j < VL; j += kRows) t += sum[j];
       total[i] = total[i] * factor[i] + t;
     }
     weighted_sum(n0, count, factor, careful, out);
@@ -125,7 +127,7 @@ struct Decode {
 
   // scores[n][i] = q row (r + i) . key n
   void raw_scores(int64_t r, int64_t n0, int64_t count) {
-    const float* q = queries + r / kFour * kFour * cells;
+    const float* q = queries + r / kRows * kRows * cells;
     for (int64_t n = 0; n < count; n += kKeys) {
       const T* key[kKeys];
       for (int j = 0; j < kKeys; ++j) {
@@ -139,15 +141,15 @@ struct Decode {
         for (int j = 0; j < kKeys; ++j) {
           vf k = as_float(full_cells(key[j] + cell * Cells::kPerCell));
 #pragma GCC unroll 4
-          for (int i = 0; i < kFour; ++i) acc[j * kFour + i] = dot(acc[j * kFour + i], k, load(q + cell * kFour + i * VL));
+          for (int i = 0; i < kRows; ++i) acc[j * kRows + i] = dot(acc[j * kRows + i], k, load(q + cell * kRows + i * VL));
         }
       for (int64_t cell = full; cell < cells; cell += VL)
         for (int j = 0; j < kKeys; ++j) {
           vf k = as_float(row_cells<Cells>(key[j], cell, p.headdim));
 #pragma GCC unroll 4
-          for (int i = 0; i < kFour; ++i) acc[j * kFour + i] = dot(acc[j * kFour + i], k, load(q + cell * kFour + i * VL));
+          for (int i = 0; i < kRows; ++i) acc[j * kRows + i] = dot(acc[j * kRows + i], k, load(q + cell * kRows + i * VL));
         }
-      store(scores + n * kFour, reduce_each(acc));
+      store(scores + n * kRows, reduce_each(acc));
     }
   }
   FASTATTN_INLINE vi full_cells(const T* at) {
@@ -164,7 +166,7 @@ struct Decode {
   }
 
   bool banded(int64_t r, int64_t n0, int64_t count) const {
-    for (int i = 0; i < kFour; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       int64_t m = position(r + i);
       if (n0 < first_key(p, s, m) || n0 + count > last_key(p, s, m)) return true;
     }
@@ -174,14 +176,14 @@ struct Decode {
   // The options, one score at a time: few rows make this cheap beside the reads. True when some pair is invisible.
   __attribute__((noinline)) bool apply(int64_t r, int64_t n0, int64_t count) {
     bool hidden = false;
-    for (int i = 0; i < kFour; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       int64_t m = position(r + i), h = head(r + i), first = first_key(p, s, m), last = last_key(p, s, m);
       float slope = p.alibi_slopes ? p.alibi_slopes[s.b * p.alibi_stride[0] + h * p.alibi_stride[1]] : 0.0f;
       const bool* mask = p.mask ? p.mask + s.b * p.mask_stride[0] + h * p.mask_stride[1] + m * p.mask_stride[2] : nullptr;
       int64_t bias_at = s.b * p.bias_stride[0] + h * p.bias_stride[1] + m * p.bias_stride[2];
       for (int64_t n = 0; n < count; ++n) {
         int64_t key = n0 + n;
-        float x = scores[n * kFour + i] * p.scale;
+        float x = scores[n * kRows + i] * p.scale;
         if (p.softcap > 0.0f) x = p.softcap * tanh(splat(x / p.softcap))[0];
         if (p.alibi_slopes) x -= slope * __builtin_fabsf(static_cast<float>(m + s.diagonal - key));
         if (p.bias) {
@@ -190,7 +192,7 @@ struct Decode {
         }
         if (key < first || key >= last || (mask && !mask[key * p.mask_stride[3]])) x = -kInfinity;
         hidden |= x == -kInfinity;
-        scores[n * kFour + i] = x * kLog2e;
+        scores[n * kRows + i] = x * kLog2e;
       }
     }
     return hidden;
@@ -202,57 +204,92 @@ struct Decode {
   }
 
   // out[i] = out[i] * factor[i] + sum_n scores[n][i] v[n]
-  void weighted_sum(int64_t n0, int64_t count, const float (&factor)[kFour], bool careful, float* out) {
+  void weighted_sum(int64_t n0, int64_t count, const float (&factor)[kRows], bool careful, float* out) {
     int64_t cols = round_up(p.headdim_v, VL), step = Cells::kPerCell;
-    constexpr int kWide = VB == 64 ? 4 : 2;  // vectors of columns per pass: 4 rows x kWide accumulators
     const float* probs = scores;
 #if defined(__AVX512BF16__)
     if constexpr (Cells::kPerCell == 2) {
-      for (int64_t n = 0; n < count; n += 8) {  // [key][4] to pairs of keys, [key / 2][4]
-        vi a = as_int(load(scores + n * kFour)), b = as_int(load(scores + (n + 4) * kFour));
-        vi even = __builtin_shuffle(a, b, (vi){0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27});
-        vi odd = __builtin_shuffle(a, b, (vi){4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
-        store_i(pair_probs + n / 2 * kFour, pack_pairs(as_float(even), as_float(odd)));
-      }
+      pair_up(count);
       probs = pair_probs;
     }
 #endif
     for (int64_t d = 0; d < p.headdim_v; d += kWide * VL) {
       int64_t wide = min64(kWide, (p.headdim_v - d + VL - 1) / VL);
       bool fast = d + kWide * VL <= p.headdim_v && !careful;
-      vf acc[kFour][kWide];
-      for (int i = 0; i < kFour; ++i)
+      vf acc[kRows * kTurns][kWide];
+      for (int i = 0; i < kRows * kTurns; ++i)
         for (int w = 0; w < kWide; ++w) acc[i][w] = zero();
-      for (int64_t n = 0; n < count; n += step) {
+      int64_t n = 0;
+      if constexpr (kTurns > 1) {
+        for (; fast && n + kTurns * step <= count; n += kTurns * step)
+#pragma GCC unroll 2
+          for (int turn = 0; turn < kTurns; ++turn) {
+            int64_t key = n + turn * step;
+            const T* a = key_row<T>(p, s, p.v, p.v_stride, n0 + key) + d;
+            const T* b = step == 2 ? key_row<T>(p, s, p.v, p.v_stride, n0 + key + 1) + d : nullptr;
+            prefetch_values(key, count, n0, d);
+            vf v[kWide];
+            value_cells(a, b, v);
+#pragma GCC unroll 4
+            for (int w = 0; w < kWide; ++w) acc[turn][w] = Cells::mul_add(acc[turn][w], probs + key / step, v[w]);
+          }
+      }
+      for (; n < count; n += step) {
         const T* a = key_row<T>(p, s, p.v, p.v_stride, n0 + n) + d;
         const T* b = step == 2 && n + 1 < count ? key_row<T>(p, s, p.v, p.v_stride, n0 + n + 1) + d : nullptr;
-        if (n + kAhead + step <= count) {
-          constexpr int64_t kBytes = kWide * VL * sizeof(T);
-          prefetch_row(key_row<T>(p, s, p.v, p.v_stride, n0 + n + kAhead) + d, kBytes);
-          if (step == 2) prefetch_row(key_row<T>(p, s, p.v, p.v_stride, n0 + n + kAhead + 1) + d, kBytes);
-        }
-        const float* prob = probs + n / step * kFour;
+        prefetch_values(n, count, n0, d);
+        const float* prob = probs + n / step * kRows;
         if (__builtin_expect(fast && (step == 1 || b != nullptr), 1)) {
           vf v[kWide];
           value_cells(a, b, v);
 #pragma GCC unroll 4
-          for (int i = 0; i < kFour; ++i)
+          for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
             for (int w = 0; w < kWide; ++w) acc[i][w] = Cells::mul_add(acc[i][w], prob + i, v[w]);
         } else {
           for (int w = 0; w < wide; ++w) {
             vf v = as_float(column_cells<Cells>(a, b, w * VL, p.headdim_v - d));
-            for (int i = 0; i < kFour; ++i) acc[i][w] = careful_add(acc[i][w], prob + i, v);
+            for (int i = 0; i < kRows; ++i) acc[i][w] = careful_add(acc[i][w], prob + i, v);
           }
         }
       }
-      for (int i = 0; i < kFour; ++i)
+      for (int i = 0; i < kRows; ++i)
         for (int w = 0; w < wide; ++w) {
+          vf total = acc[i][w];
+          for (int turn = 1; turn < kTurns; ++turn) total = total + acc[i + turn * kRows][w];
           float* to = out + i * cols + d + w * VL;
-          store(to, load(to) * splat(factor[i]) + acc[i][w]);
+          store(to, load(to) * splat(factor[i]) + total);
         }
     }
   }
+  __attribute__((always_inline)) void prefetch_values(int64_t n, int64_t count, int64_t n0, int64_t d) const {
+    constexpr int64_t kBytes = kWide * VL * sizeof(T), kStep = Cells::kPerCell;
+    if (n + kAhead + kStep > count) return;
+    prefetch_row(key_row<T>(p, s, p.v, p.v_stride, n0 + n + kAhead) + d, kBytes);
+    if (kStep == 2) prefetch_row(key_row<T>(p, s, p.v, p.v_stride, n0 + n + kAhead + 1) + d, kBytes);
+  }
+
+#if defined(__AVX512BF16__)
+  // scores [key][kRows] to pair_probs [key / 2][kRows], each cell the bf16 probabilities of two keys.
+  void pair_up(int64_t count) {
+    if constexpr (kRows == 4) {
+      for (int64_t n = 0; n < count; n += 8) {
+        vi a = as_int(load(scores + n * kRows)), b = as_int(load(scores + (n + 4) * kRows));
+        vi even = __builtin_shuffle(a, b, (vi){0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27});
+        vi odd = __builtin_shuffle(a, b, (vi){4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31});
+        store_i(pair_probs + n / 2 * kRows, pack_pairs(as_float(even), as_float(odd)));
+      }
+    } else {
+      for (int64_t n = 0; n < count; n += 32) {
+        vi a = as_int(load(scores + n)), b = as_int(load(scores + n + VL));
+        vi even = __builtin_shuffle(a, b, (vi){0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30});
+        vi odd = __builtin_shuffle(a, b, (vi){1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+        store_i(pair_probs + n / 2, pack_pairs(as_float(even), as_float(odd)));
+      }
+    }
+  }
+#endif
+
   template <int N>
   FASTATTN_INLINE void value_cells(const T* a, const T* b, vf (&v)[N]) {
 #if defined(__AVX512BF16__)
@@ -317,7 +354,11 @@ void decode(const AttentionParams& p) {
     range(s, piece, begin, end);
     if (begin >= end) return;
     float* to = partial + task * stride;
-    Decode<T, Cells>(p, head / p.nheads_k, head % p.nheads_k).run(begin, end, to + 2 * rows, p.headdim_v, to, to + rows);
+    int64_t b = head / p.nheads_k, hk = head % p.nheads_k;
+    if (rows == 1)
+      Decode<T, Cells, 1>(p, b, hk).run(begin, end, to + 2 * rows, p.headdim_v, to, to + rows);
+    else
+      Decode<T, Cells, 4>(p, b, hk).run(begin, end, to + 2 * rows, p.headdim_v, to, to + rows);
   });
   parallel_for(p.nthreads, p.batch * p.nheads_k, [&](int64_t head) {
     Head s = head_of(p, head / p.nheads_k, head % p.nheads_k * group);
