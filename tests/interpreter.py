@@ -1,11 +1,13 @@
 """Triton's interpreter as the tests need it: bfloat16 rounds to nearest even and multiplies as numbers.
 
 As of Triton 3.9 the interpreter keeps bfloat16 as integers, truncates when it converts to it and multiplies the integers
-in tl.dot. A GPU does neither. `mend` replaces those two operations; everything else is the interpreter's own.
+in tl.dot. A GPU does neither. `mend` replaces those two operations and spares the interpreter work that only costs time;
+everything else is its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -57,3 +59,29 @@ def mend() -> None:
         return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
+    _patch_language_once()
+
+
+def _patch_language_once() -> None:
+    """The interpreter patches triton.language at every call of a device function, which takes longer than most of them.
+
+    Once per launch and module suffices: nobody takes the patches back before the launch ends.
+    """
+    patch, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: set[frozenset[int]] = set()
+
+    def patch_once(fn: Any) -> Any:
+        languages = frozenset(id(x) for x in fn.__globals__.values() if x is tl or x is tl.core)
+        if languages in done:
+            return interpreter._LangPatchScope()
+        done.add(languages)
+        return patch(fn)
+
+    def execute_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done.clear()
+        return execute(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_afresh

@@ -188,7 +188,9 @@ def _first(
 ) -> tuple[Any, Any, Any]:
     """Launch through Triton, which compiles; what a later launch needs."""
     if kernel.arg_names[len(args) :] != list(constants):  # a later launch passes them by position
-        raise RuntimeError(f"launch: the constants of {kernel.__name__} must be {kernel.arg_names[len(args) :]} in order")
+        raise RuntimeError(
+            f"launch: the constants of {kernel.__name__} must be {kernel.arg_names[len(args) :]} in order"
+        )
     compiled = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
     return compiled.run, compiled.function, compiled.packed_metadata
 

@@ -278,7 +278,9 @@ def _weights_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.scalars = inputs[6:11]
 
 
-def _weights_backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+def _weights_backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
+    if dout is None:
+        return (None,) * 12
     needs_dbias = ctx.needs_input_grad[_BIAS]
     dq, dk, dlse, dbias = attention_weights_bwd(dout, *ctx.saved_tensors, *ctx.scalars, needs_dbias)
     return dq, dk, dlse, None, dbias if needs_dbias else None, *(None,) * 7

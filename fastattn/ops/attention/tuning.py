@@ -1,0 +1,147 @@
+"""Which tiles the Triton kernels use: frozen rows by architecture, head dimension, kind of call and width of the dtype."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from fastattn.runtime import launch
+
+
+class Tile(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys, and how Triton compiles the kernel."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class Row(NamedTuple):
+    """Tiles for architectures from `arch`, head dimensions (the larger of q's and v's) up to `headdim`, and one kind.
+
+    kind   dense: every pair is visible · band: causal and windows · pairs: something is masked, added or dropped by pair
+    width  bytes per element
+    """
+
+    arch: int
+    headdim: int
+    kind: str
+    width: int
+    fwd: Tile
+    dq: Tile
+    dkdv: Tile
+    source: str
+
+    def __str__(self) -> str:
+        tiles = (
+            f"{name} {t.BLOCK_M}x{t.BLOCK_N}, {t.num_warps} warps, {t.num_stages} stages" for name, t in self._tiles()
+        )
+        return f"{'; '.join(tiles)} ({self.source})"
+
+    def _tiles(self) -> tuple[tuple[str, Tile], ...]:
+        return ("fwd", self.fwd), ("dq", self.dq), ("dkdv", self.dkdv)
+
+
+ANALYSIS = "by analysis: registers, spills and shared memory of the compiled kernels; not measured"
+KINDS = ("dense", "band", "pairs")
+
+
+def _rows(arch: int, width: int, kind: str, *tiles: tuple[int, Tile, Tile, Tile]) -> tuple[Row, ...]:
+    return tuple(Row(arch, headdim, kind, width, fwd, dq, dkdv, ANALYSIS) for headdim, fwd, dq, dkdv in tiles)
+
+
+ROWS = (
+    *_rows(
+        80, 2, "dense",
+        (64, Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        (256, Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (576, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        80, 2, "band",
+        (64, Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (128, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (256, Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        (576, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        80, 2, "pairs",
+        (64, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        (128, Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (256, Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
+        (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        90, 2, "dense",
+        (64, Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
+        (128, Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        (256, Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+        (576, Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        90, 2, "band",
+        (64, Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
+        (128, Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
+        (256, Tile(128, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (576, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        90, 2, "pairs",
+        (64, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 8, 2)),
+        (256, Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+        (576, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *(
+        row
+        for arch in (80, 90)
+        for kind in KINDS
+        for row in _rows(
+            arch, 4, kind,
+            (64, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+            (128, Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
+            (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+            (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        )
+    ),
+)  # fmt: skip
+
+_INTERPRETED = Row(
+    0, 576, "any", 0, Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1),
+    "small tiles for the interpreter, so that few rows make several tiles",
+)  # fmt: skip
+
+
+def generation(arch: int) -> int:
+    """Rows for 80 serve every GPU with about 100 KB of shared memory; those for 90 need 227 KB and warp-group products."""
+    return 90 if 90 <= arch < 120 else 80
+
+
+@functools.cache
+def find(arch: int, headdim: int, kind: str, width: int) -> Row:
+    """The row with the smallest head dimension that covers `headdim`."""
+    key = (generation(arch), kind, width)
+    fits = [r for r in ROWS if (r.arch, r.kind, r.width) == key and r.headdim >= headdim]
+    return min(fits, key=lambda r: r.headdim)
+
+
+def row(arch: int, headdim: int, kind: str, width: int) -> Row:
+    """What a call uses: `find`, or small tiles in the interpreter."""
+    return _INTERPRETED if launch.INTERPRETED else find(arch, headdim, kind, width)
+
+
+def kind(spec: Any) -> str:
+    if spec.mask or spec.bias or spec.alibi or spec.dropout_p or spec.softcap is not None:
+        return "pairs"
+    return "dense" if spec.left is None and spec.right is None else "band"
+
+
+def row_of(spec: Any, device: torch.device | None = None) -> Row:
+    """The row of a validated call; without a device, on the current one of the call's kind."""
+    device = torch.device(spec.device) if device is None else device
+    width = 4 if spec.dtype == torch.float32 else 2
+    return row(launch.arch(device), max(spec.headdim, spec.headdim_v), kind(spec), width)
