@@ -1,7 +1,11 @@
 """fastattn: attention, RoPE and norms for PyTorch transformers, forward and backward, fast on the hardware at hand.
 
-The verbs are below; `fastattn.reference` has the same ones in plain PyTorch. `fastattn doctor` says what this machine runs.
+The verbs are below; `fastattn.reference` has the same ones in plain PyTorch. `fastattn.nn`, `fastattn.sdpa` and
+`fastattn.hf` put them into models and are imported when first used. `fastattn doctor` says what this machine runs.
 """
+
+import importlib
+from typing import Any
 
 from fastattn import reference
 from fastattn._version import __version__
@@ -33,3 +37,9 @@ __all__ = [
     "scaled_dot_product_attention",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("hf", "nn", "sdpa"):
+        return importlib.import_module(f"fastattn.{name}")
+    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
