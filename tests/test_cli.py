@@ -115,6 +115,24 @@ def _scaled(y):
     return tuple(t * 1.001 for t in y) if isinstance(y, tuple) else y * 1.001
 
 
+def test_verify_on_another_device_sends_everything_there_and_back():
+    class Ops:
+        def attention_kvcache(self, q, k_cache, v_cache, *, mask):
+            assert {x.device.type for x in (q, k_cache, v_cache, mask)} == {"meta"}
+            return q, mask
+
+    q, cache, mask = torch.ones(2, requires_grad=True), torch.zeros(3), torch.ones(2)
+    with pytest.raises(NotImplementedError, match="meta"):  # nothing comes back from there
+        scenarios.Placed(Ops(), "meta").attention_kvcache(q, cache, cache, mask=mask)
+    found = scenarios.Placed(fastattn, "cpu").rms_norm(torch.ones(2, 8), torch.ones(8), residual=torch.ones(2, 8))
+    assert len(found) == 2 and torch.equal(found[1], torch.full((2, 8), 2.0))
+
+
+def test_verify_refuses_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+    assert main(["verify", "--device", "nowhere"]) == 2
+    assert "--device must be one that torch can use" in capsys.readouterr().err
+
+
 def test_verify_with_a_backend_that_refuses_exits_with_1(capsys: pytest.CaptureFixture[str]):
     assert main(["verify", "--op", "rope", "--dtype", "fp32", "--backend", "cuda"]) == 1
     assert "unsupported" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Hold every operation to float64 on this machine: its error as a ratio to plain PyTorch's and to SDPA's.
+"""Hold every operation, or a model, to float64 on this machine: its error as a ratio to plain PyTorch's and to SDPA's.
 
 A ratio below 1 is more accurate than plain PyTorch in the same dtype; the law allows 2. Outputs and gradients count.
 Exit code 0: the law holds, 1: it is broken somewhere, 2: bad arguments.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 import fastattn
 from fastattn.benchmarks.case import DTYPES
 from fastattn.benchmarks.law import judge
-from fastattn.cli.scenarios import OPS, Scenario, cast
+from fastattn.cli.scenarios import OPS, Placed, Scenario, cast
 
 Tensor = torch.Tensor
 
@@ -27,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=tuple(OPS), help="only this operation; may be repeated")
     parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this dtype; may be repeated")
     parser.add_argument("--backend", choices=("cuda", "triton", "cpu", "reference"), help="force this backend")
+    parser.add_argument("--device", default="cpu", help="where the operations run, such as cuda (default cpu)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
+    parser.add_argument(
+        "--model",
+        help="instead of the operations: a folder of a transformers model, or module:function that returns a model (or "
+        "a model and its batch), compared layer by layer with eager",
+    )
+    parser.add_argument("--batch", help="with --model: a .json or torch.save file with the model's keyword arguments")
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,22 @@ class Finding:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as failure:
+        print(f"verify: --device must be one that torch can use, got {arguments.device!r}: {failure}", file=sys.stderr)
+        return 2
+    if arguments.model is not None:
+        from fastattn.cli import verify_model
+
+        return verify_model.run(arguments)
     found = []
     if not arguments.json:
         print(_HEAD)
     for op in arguments.op or OPS:
         for scenario in OPS[op]():
             for dtype in arguments.dtype or DTYPES:
-                finding = examine(scenario, dtype, arguments.backend)
+                finding = examine(scenario, dtype, arguments.backend, arguments.device)
                 print(json.dumps(asdict(finding)) if arguments.json else _line(finding), flush=True)
                 found.append(finding)
     broken = [f for f in found if f.status == "BROKEN"]
@@ -64,20 +81,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if broken or not measured else 0
 
 
-def examine(scenario: Scenario, dtype_name: str, backend: str | None = None) -> Finding:
+def examine(scenario: Scenario, dtype_name: str, backend: str | None = None, device: str = "cpu") -> Finding:
     """Outputs and gradients of fastattn, of plain PyTorch in the dtype, and of float64, compared."""
     dtype = DTYPES[dtype_name]
     name = (scenario.op, scenario.option, dtype_name)
-    plain = results(scenario, dtype, partial(scenario.call, fastattn.reference))
-    truth = results(scenario, dtype, partial(scenario.call, fastattn.reference), wide=True)
+    ops, reference = (m if device == "cpu" else Placed(m, device) for m in (fastattn, fastattn.reference))
+    plain = results(scenario, dtype, partial(scenario.call, reference))
+    truth = results(scenario, dtype, partial(scenario.call, reference), wide=True)
     try:
         with fastattn.use_backend(backend):
-            ours = results(scenario, dtype, partial(scenario.call, fastattn))
+            ours = results(scenario, dtype, partial(scenario.call, ops))
     except fastattn.UnsupportedError as refusal:
         return Finding(*name, "unsupported", reason=" ".join(str(refusal).split()))
     verdict = judge(ours, plain, truth)
     to_sdpa = None
-    if scenario.sdpa is not None:
+    if scenario.sdpa is not None and device == "cpu":
         with torch.no_grad():
             rival = scenario.sdpa(cast(scenario, dtype))["o"].double()
         rival_error = float((rival - truth["o"]).abs().max())
