@@ -328,6 +328,18 @@ def test_weights(option: str, dtype: torch.dtype) -> None:
     law.check(weights(on_triton), weights(reference.attention_weights), tensors, options, names=("p",))
 
 
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 20), (20, 0), (0, 0)])
+def test_no_queries_or_no_keys(seqlen_q: int, seqlen_k: int) -> None:
+    shapes = [(1, NHEADS, seqlen_q, seqlen_k), (1, 1, seqlen_q, seqlen_k), (NHEADS, 1, seqlen_k), (seqlen_q, 1), (1,)]
+    for shape in shapes:
+        tensors = qkv(seqlen_q, seqlen_k) | {
+            "bias": torch.randn(shape, device=DEVICE),
+            "sinks": torch.randn(NHEADS, device=DEVICE),
+        }
+        mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=DEVICE)
+        holds(tensors, {"mask": mask, "causal": True}, (*QKV, "bias", "sinks"))
+
+
 def test_explain_prints_the_row_and_the_objections() -> None:
     found = fastattn.explain(attention, **qkv(), backend="triton")
     assert found.chosen == "triton" and isinstance(found.tuning, tuning.Row) and "dkdv" in str(found)

@@ -135,11 +135,14 @@ def _calls() -> dict[str, Callable[[], Any]]:
     weight, bias = torch.ones(64), torch.zeros(64)
     q, k = torch.zeros(1, 4, 4, 64), torch.zeros(1, 4, 2, 64)
     cos, sin = torch.ones(4, 32), torch.zeros(4, 32)
+    token, cache = torch.zeros(2, 1, 4, 64), torch.zeros(2, 512, 2, 64)
+    lengths = torch.tensor([5, 7], dtype=torch.int32)
     return {
         "rms_norm": lambda: fastattn.rms_norm(x, weight),
         "rms_norm with residual": lambda: fastattn.rms_norm(x, weight, residual=residual),
         "layer_norm": lambda: fastattn.layer_norm(x, weight, bias),
         "rope_qk": lambda: fastattn.rope_qk(q, k, cos, sin),
+        "attention_kvcache": lambda: fastattn.attention_kvcache(token, cache, cache, lengths, num_splits=1),
         "attention": lambda: fastattn.attention(q, k, k, causal=True),
     }
 

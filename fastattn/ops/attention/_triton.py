@@ -22,13 +22,6 @@ Tensor = torch.Tensor
 _ABSENT = (None, None, None, None)
 
 
-def _split(headdim: int) -> tuple[int, int]:
-    """A head as a power of two, or as two of them where that pads less: 80 = 64 + 16, 192 = 128 + 64."""
-    whole = max(16, 1 << (headdim - 1).bit_length())
-    rest = max(16, 1 << max(headdim - whole // 2 - 1, 0).bit_length())
-    return (whole, 0) if headdim <= 64 or rest >= whole // 2 else (whole // 2, rest)
-
-
 def _pair_strides(t: Tensor | None) -> tuple[Any, ...]:
     """Strides over batch, head, query and key of a mask or bias; 0 where it broadcasts."""
     if t is None:
@@ -61,8 +54,8 @@ def _constants(
     sides: tuple[bool, ...], tf32: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The constants that all kernels share. tail: there can be boundary tiles; pairs: every tile is one."""
-    d, d2 = _split(headdim)
-    dv, dv2 = _split(headdim_v)
+    d, d2 = tuning.split(headdim)
+    dv, dv2 = tuning.split(headdim_v)
     names = ("MASK_ROWS", "MASK_COLS", "BIAS_ROWS", "BIAS_COLS")
     return {
         "GROUP": group, "HEADDIM": headdim, "HEADDIM_V": headdim_v, "UPPER_LEFT": upper_left, "FOLD": fold,
@@ -128,7 +121,7 @@ def forward(
 def _delta(spec: Any, do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor, tile: tuning.Tile) -> Tensor:
     delta = torch.empty_like(lse)
     seqlen_q, heads = lse.shape[-1], lse.numel() // max(1, lse.shape[-1])
-    dv, dv2 = _split(spec.headdim_v)
+    dv, dv2 = tuning.split(spec.headdim_v)
     args = (do, o, dlse, delta, *_strides(do), *_strides(o), spec.nheads, seqlen_q)
     constants = {"HEADDIM_V": spec.headdim_v, "BLOCK_M": tile.BLOCK_M, "DV": dv, "DV2": dv2}
     launch.run(attention_bwd_delta_kernel, (-(-seqlen_q // tile.BLOCK_M), heads), args, constants)
@@ -195,7 +188,7 @@ def backward(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )  # fmt: skip
-    if dbias is not None and full is None:
+    if dbias is not None and full is None and dbias.numel() > 0:
         assert bias is not None
         found = _bias_sums(spec, row.dq, inputs, dbias, mask, bias, alibi_slopes, packing, strides, pairs, band, scores)
         dbias.copy_(found.sum_to_size(_four_sizes(dbias)).view(dbias.shape))

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.ops.rope._triton import _rotate_heads as rotate_heads
+from fastattn.ops.rope._triton import rotate_heads as rotate_heads
 from fastattn.runtime import launch
 
 Tensor = torch.Tensor

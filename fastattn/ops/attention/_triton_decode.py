@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from fastattn.ops.attention._triton_append import append
-from fastattn.ops.attention._triton_score import LN2, LOG2E, band, dot, dot_seen, is_finite, log2_score
+from fastattn.ops.attention._triton_score import LN2, LOG2E, any_lost, band, dot, dot_seen, log2_score
+from fastattn.ops.attention.tuning import split
 from fastattn.runtime import launch
 
 Tensor = torch.Tensor
@@ -183,12 +184,6 @@ def _finish(
 
 
 @triton.jit
-def _any_lost(x, SIZE: tl.constexpr):
-    """Is any number of a tile NaN or infinite? One reduction, because Triton 3.6 fails to compile two for sm_100."""
-    return tl.max(tl.reshape(tl.where(is_finite(x), 0, 1), (SIZE,), can_reorder=True), axis=0) != 0
-
-
-@triton.jit
 def _share_of(split, tiles, num_splits, least):
     """The tiles [begin, end) of one split: as even as can be, over no more splits than have `least` tiles each."""
     used = tl.minimum(num_splits, tl.maximum(tiles // least, 1))
@@ -283,9 +278,9 @@ def attention_decode_kernel(
     )  # fmt: skip
     lost = False
     if SEVERAL:
-        lost = _any_lost(acc, BLOCK_M * DV)
+        lost = any_lost(acc)
         if DV2 > 0:
-            lost = lost | _any_lost(acc2, BLOCK_M * DV2)
+            lost = lost | any_lost(acc2)
     if lost:
         for step in tl.range(0, BLOCK_M // _LOST_M, num_stages=1):
             row = row0 + step * _LOST_M
@@ -441,18 +436,11 @@ def splits(programs: int, capacity: int, slots: int) -> int:
     return best
 
 
-def _parts(headdim: int) -> tuple[int, int]:
-    """A head as a power of two, or as two of them where that pads less: 80 = 64 + 16, 576 = 512 + 64."""
-    whole = max(16, launch.next_power_of_2(headdim))
-    rest = max(16, launch.next_power_of_2(headdim - whole // 2))
-    return (whole, 0) if headdim <= 64 or rest >= whole // 2 else (whole // 2, rest)
-
-
 @functools.cache
 def _starts(headdim: int, headdim_v: int) -> bool:
     """Does the first part of a row of k hold a row of v that shares its storage?"""
-    d, _ = _parts(headdim)
-    return headdim_v <= headdim and _parts(headdim_v) == (d, 0)
+    d, _ = split(headdim)
+    return headdim_v <= headdim and split(headdim_v) == (d, 0)
 
 
 @functools.lru_cache(4096)
@@ -463,8 +451,8 @@ def _plan(
 ) -> tuple[int, int, int, dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Blocks of rows, splits, the tiles that a split has at least, and the constants of both kernels."""
     group = nheads // nheads_k
-    d, d2 = _parts(headdim)
-    dv, dv2 = _parts(headdim_v)
+    d, d2 = split(headdim)
+    dv, dv2 = split(headdim_v)
     blocks_m = launch.cdiv(seqlen_q * group, tile.BLOCK_M)
     least = 1
     if num_splits is None:

@@ -134,6 +134,13 @@ def row(arch: int, headdim: int, kind: str, width: int) -> Row:
     return _INTERPRETED if launch.INTERPRETED else find(arch, headdim, kind, width)
 
 
+def split(headdim: int) -> tuple[int, int]:
+    """A head as a power of two, or as two of them where that pads less: 80 = 64 + 16, 192 = 128 + 64, 576 = 512 + 64."""
+    whole = max(16, launch.next_power_of_2(headdim))
+    rest = max(16, launch.next_power_of_2(headdim - whole // 2))
+    return (whole, 0) if headdim <= 64 or rest >= whole // 2 else (whole // 2, rest)
+
+
 def kind(spec: Any) -> str:
     if spec.mask or spec.bias or spec.alibi or spec.dropout_p or spec.softcap is not None:
         return "pairs"

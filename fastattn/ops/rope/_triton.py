@@ -14,7 +14,7 @@ _ELEMENTS = 2048  # pairs per program, by analysis: 4 warps with 16-byte accesse
 
 
 @triton.jit
-def _rotate_heads(
+def rotate_heads(
     x_ptr, y_ptr, x_rows, y_rows, x_head, y_head, here, first, nheads, headdim, c, s, half,
     INTERLEAVED: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -76,12 +76,12 @@ def rope_kernel(
     if INVERSE:
         s = -s
     if group < q_groups:
-        _rotate_heads(
+        rotate_heads(
             q_ptr, q_out_ptr, b * q_batch + m * q_row, b * qo_batch + m * qo_row, q_head, qo_head, here,
             group * BLOCK_H, nheads, headdim, c, s, half, INTERLEAVED, TAIL, BLOCK_M, BLOCK_H, BLOCK_D,
         )  # fmt: skip
     elif k_ptr is not None:
-        _rotate_heads(
+        rotate_heads(
             k_ptr, k_out_ptr, b * k_batch + m * k_row, b * ko_batch + m * ko_row, k_head, ko_head, here,
             (group - q_groups) * BLOCK_H_K, nheads_k, headdim_k, c, s, half, INTERLEAVED, TAIL_K, BLOCK_M, BLOCK_H_K,
             BLOCK_D,
