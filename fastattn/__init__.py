@@ -5,7 +5,7 @@ The verbs are below; `fastattn.reference` has the same ones in plain PyTorch. `f
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastattn import reference
 from fastattn._version import __version__
@@ -39,7 +39,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("hf", "nn", "sdpa"):
-        return importlib.import_module(f"fastattn.{name}")
-    raise AttributeError(f"module 'fastattn' has no attribute {name!r}")
+if not TYPE_CHECKING:  # checkers would believe that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name in ("hf", "nn", "sdpa"):
+            return importlib.import_module(f"fastattn.{name}")
+        raise AttributeError(f"module 'fastattn' has no attribute {name!r}")

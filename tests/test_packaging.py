@@ -76,3 +76,12 @@ def test_without_the_native_module(wheel: Path, python: Path, tmp_path: Path) ->
     native.unlink()
     printed = _run(str(python), "-c", CALL, cwd=tmp_path)
     assert str(_site(tmp_path)) in printed and "native module is not built" in printed
+
+
+def test_the_ways_into_a_model_are_imported_when_first_used() -> None:
+    code = (
+        "import sys, fastattn; loaded = set(sys.modules); assert not any(m.startswith('transformers') for m in loaded);"
+        "assert 'fastattn.nn' not in loaded and 'fastattn.ops.attention._triton' not in loaded;"
+        "assert fastattn.nn.RMSNorm and fastattn.sdpa.enable; print(hasattr(fastattn, 'nothing'))"
+    )
+    assert _run(sys.executable, "-c", code, cwd=ROOT).strip() == "False"
