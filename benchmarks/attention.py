@@ -131,7 +131,7 @@ class Sample:
 
     def law(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Results, Results]:
         """Truth and plain result of the sample, through the room's reference."""
-        seen = self.shape.visible(self.rows)
+        seen = self.shape.visible(self.rows).to(q.device)
         seen = seen[self.batch] if seen.shape[0] > 1 else seen
         if bias is not None:
             bias = bias[self.batch if bias.shape[0] > 1 else [0]][:, self.heads][:, :, self.rows]

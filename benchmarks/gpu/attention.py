@@ -12,6 +12,7 @@ import torch
 import fastattn
 from fastattn.ops.attention import reference
 
+from ..attention import Sample
 from ..case import DTYPES, OURS, Case, Contender, Prepared, Problem
 from ..law import Results
 from ..shapes import AttentionShape, square
@@ -78,35 +79,6 @@ def tensors(shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> 
     return q, k, v
 
 
-class Sample:
-    """What is compared with float64: a few rows of some heads of the first and last sequence."""
-
-    def __init__(self, shape: AttentionShape, rows: int) -> None:
-        group = shape.nheads // shape.kv_heads
-        self.shape, self.batch = shape, sorted({0, shape.batch - 1})
-        self.heads_k = sorted({0, shape.kv_heads - 1})
-        self.heads = [h * group for h in self.heads_k]
-        self.rows = torch.linspace(0, shape.seqlen_q - 1, min(rows, shape.seqlen_q)).round().long().unique()
-
-    def query(self, x: Tensor) -> Tensor:
-        return x[self.batch][:, self.rows.to(x.device)][:, :, self.heads]
-
-    def key(self, x: Tensor) -> Tensor:
-        return x[self.batch][:, :, self.heads_k]
-
-    def law(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Results, Results]:
-        seen = self.shape.visible(self.rows).to(q.device)
-        seen = seen[self.batch] if seen.shape[0] > 1 else seen
-        bias = None if bias is None else bias[:, self.heads][:, :, self.rows.to(q.device)]
-        part = (self.query(q), self.key(k), self.key(v))
-
-        def attend(dtype: torch.dtype) -> Results:
-            bias_ = None if bias is None else bias.to(dtype)
-            return {"o": reference.attention(*(x.to(dtype) for x in part), mask=seen, bias=bias_)}  # type: ignore[dict-item]
-
-        return attend(torch.float64), attend(q.dtype)
-
-
 def _ours(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor, **extra: Any) -> Callable[[], Tensor]:
     options: dict[str, Any] = {"causal": shape.causal, **extra}
     if shape.window is not None:
@@ -145,11 +117,16 @@ def _forward(row: str, shape: AttentionShape, dtype: torch.dtype, device: torch.
         ways["FlashAttention 4"] = lambda: rivals.flash_attention_4(shape, q, k, v)
     if row in ("padding mask", "additive bias", "window", "prefill", "packed"):
         ways["Flex"] = lambda: rivals.flex(shape, q, k, v, bias, sequence)
-    sample = Sample(shape, 128)
-    truth, plain = sample.law(q, k, v, bias)
-    return Problem(
-        truth, plain, [_contender(name, way, lambda o: {"o": sample.query(o)}) for name, way in ways.items()]
-    )
+    return _without_gradients(shape, q, k, v, bias, ways)
+
+
+def _without_gradients(
+    shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, ways: dict[str, Rival]
+) -> Problem:
+    sample = Sample(shape)
+    truth, plain = sample.law(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
+    contenders = [_contender(name, way, lambda o: sample.output(o.transpose(1, 2))) for name, way in ways.items()]
+    return Problem(truth, plain, contenders)
 
 
 def _contender(name: str, way: Rival, results: Callable[[Any], Results]) -> Contender:
@@ -201,8 +178,4 @@ def _decode(row: str, shape: AttentionShape, dtype: torch.dtype, device: torch.d
     ways: dict[str, Rival] = {OURS: lambda: lambda: fastattn.attention_kvcache(q, k, v, seqlens)}
     ways |= {name: partial(rivals.sdpa, name, shape, q, k, v, None) for name in rivals.BACKENDS}
     ways["FlashInfer"] = lambda: rivals.flashinfer_decode(shape, q, k, v)
-    sample = Sample(shape, 1)
-    truth, plain = sample.law(q, k, v, None)
-    return Problem(
-        truth, plain, [_contender(name, way, lambda o: {"o": sample.query(o)}) for name, way in ways.items()]
-    )
+    return _without_gradients(shape, q, k, v, None, ways)
