@@ -37,9 +37,9 @@ run() {
   case $1 in
     build) build ;;
     test)
-      timeout 580 "$python" -m pytest -q -x --maxfail=25 tests/test_launch.py tests/test_attention_triton.py \
+      timeout 580 "$python" -m pytest -q --maxfail=25 tests/test_gpu.py tests/test_launch.py tests/test_attention_triton.py \
         tests/test_attention_triton_kvcache.py tests/test_layer_norm.py tests/test_rms_norm.py tests/test_rope.py \
-        -k "triton or launch" ;;
+        -k "triton or launch or gpu" ;;
     verify) timeout 580 "$python" -m fastattn verify --device cuda ;;
     forward | backward | masked | decode | norms | rope)
       timeout 590 "$python" -m fastattn.benchmarks.gpu "$1" --out "$out" --until 540 ;;
