@@ -128,6 +128,21 @@ def test_verify_on_another_device_sends_everything_there_and_back():
     assert len(found) == 2 and torch.equal(found[1], torch.full((2, 8), 2.0))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--batch", "b.json"],
+        ["--model", "m:f", "--op", "rope"],
+        ["--model", "m:f", "--backend", "triton"],
+        ["--model", "m:f", "--device", "meta"],
+        ["--model", "m:f", "--dtype", "fp32", "--dtype", "bf16"],
+    ],
+)
+def test_verify_refuses_options_that_would_do_nothing(options, capsys: pytest.CaptureFixture[str]):
+    assert main(["verify", *options]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
 def test_verify_refuses_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]):
     assert main(["verify", "--device", "nowhere"]) == 2
     assert "--device must be one that torch can use" in capsys.readouterr().err

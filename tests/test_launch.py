@@ -112,6 +112,22 @@ def test_recording_collects_and_runs_nothing(monkeypatch):
     assert [(r.kernel, r.grid, r.constants) for r in recorded.launches] == [("kernel", (3, 2), {"BLOCK": 8})]
 
 
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_heads_too_wide_for_a_small_gpu_are_refused_by_name(monkeypatch, arch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    q = torch.zeros(1, 4, 2, 512)
+    cache, lengths = torch.zeros(1, 8, 2, 512), torch.zeros(1, dtype=torch.int32)
+    with launch.recording(arch), fastattn.use_backend("triton"):
+        for found in (
+            fastattn.explain(fastattn.attention, q, q, q),
+            fastattn.explain(fastattn.attention_kvcache, q, cache, cache, lengths),
+        ):
+            if arch in (86, 89, 120):
+                assert "shared memory" in str(found.objections["triton"]), found
+            else:
+                assert found.chosen == "triton" and found.tuning, found
+
+
 def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(fastattn.UnsupportedError, match="device cuda, got cpu"), fastattn.use_backend("triton"):

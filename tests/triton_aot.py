@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fastattn.runtime import aot
 from fastattn.runtime.launch import Launch
 
-PARKED = 16  # bytes of stack that are no fault: a scalar or two that the compiler keeps there outside the loop
 ROOMS = ("norm_rope", "attention", "decode")
 
 
@@ -37,18 +36,11 @@ def distinct(room: str, arch: int, *, everything: bool) -> Iterator[Launch]:
             yield launch
 
 
-def faults(built: aot.Compiled, launch: Launch | None = None) -> list[str]:
+def faults(built: aot.Compiled, launch: Launch) -> list[str]:
     """What a compiled kernel, or its launch, does wrong."""
-    found = []
-    if launch is not None and launch.kernel.arg_names[len(launch.args) :] != list(launch.constants):
+    found = built.faults()
+    if launch.kernel.arg_names[len(launch.args) :] != list(launch.constants):
         found.append(f"constants out of order: {list(launch.constants)}")
-    if built.stack > PARKED:
-        found.append(f"{built.stack} bytes of stack per thread: it spills")
-    if built.shared > aot.SHARED_LIMIT[built.arch]:
-        found.append(f"{built.shared} bytes of shared memory, {aot.SHARED_LIMIT[built.arch]} fit")
-    threads = 32 * built.num_warps
-    if built.registers * threads > 65536:
-        found.append(f"{built.registers} registers for {threads} threads do not fit")
     return found
 
 

@@ -34,7 +34,6 @@ PHASES = {"fwd": "attention_fwd_kernel", "dq": "attention_bwd_dq_kernel", "dkdv"
 PRODUCTS = {"fwd": 2, "dq": 3, "dkdv": 4}  # of 2 · headdim operations per pair
 KINDS = ("dense", "band", "pairs")
 SEQLEN, TOKENS, WIDTH = 4096, 16384, 2048
-_HELD_AT_MOST = 16  # bytes of stack: a scalar parked outside the loop
 
 
 class Candidate(NamedTuple):
@@ -93,11 +92,9 @@ def compiles(candidate: Candidate, arch: int) -> dict[str, Any]:
         built = aot.compile_launch(found, arch)
     except Exception as failure:  # a tile that the compiler refuses is an answer, not an error
         return {"refused": f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:120]}"}
-    facts = {"registers": built.registers, "stack": built.stack, "shared": built.shared}
-    if built.stack > _HELD_AT_MOST:
-        facts["refused"] = "spills"  # type: ignore[assignment]
-    elif built.shared > aot.SHARED_LIMIT.get(arch, 99 << 10):
-        facts["refused"] = "shared memory"  # type: ignore[assignment]
+    facts: dict[str, Any] = {"registers": built.registers, "stack": built.stack, "shared": built.shared}
+    if faults := built.faults():
+        facts["refused"] = "; ".join(faults)
     return facts
 
 

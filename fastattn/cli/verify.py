@@ -60,6 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as failure:
         print(f"verify: --device must be one that torch can use, got {arguments.device!r}: {failure}", file=sys.stderr)
         return 2
+    if error := _misplaced(arguments):
+        print(f"verify: {error}", file=sys.stderr)
+        return 2
     if arguments.model is not None:
         from fastattn.cli import verify_model
 
@@ -79,6 +82,16 @@ def run(arguments: argparse.Namespace) -> int:
         worst = max((f.to_plain or 0.0 for f in measured), default=0.0)
         print(f"\n{len(measured)} lawful, worst ratio to plain PyTorch {worst:.2f}; {len(broken)} broken")
     return 1 if broken or not measured else 0
+
+
+def _misplaced(arguments: argparse.Namespace) -> str:
+    """What was asked for together and cannot be; an option that would do nothing is an error."""
+    if arguments.model is None:
+        return "--batch must come with --model, got none" if arguments.batch is not None else ""
+    given = {"--op": arguments.op, "--backend": arguments.backend, "--device": arguments.device != "cpu"}
+    if extra := [name for name, value in given.items() if value]:
+        return f"{extra[0]} must be left out with --model, whose own device and operations count"
+    return "--dtype must be given once with --model" if len(arguments.dtype or ()) > 1 else ""
 
 
 def examine(scenario: Scenario, dtype_name: str, backend: str | None = None, device: str = "cpu") -> Finding:

@@ -1,8 +1,8 @@
 """layer_norm and rms_norm in Triton: one set of kernels, CENTRED tells them apart.
 
-Rows of up to `_WIDEST` columns are read once and stay in registers; longer ones are read a second time, mostly out of
-the L2 cache. Gradients of weight and bias are summed without atomics: every program adds up the rows it owns in a fixed
-order, and a second kernel adds up the programs.
+Rows of up to `_WIDEST_FWD` (`_WIDEST_BWD`) columns are read once and stay in registers; longer ones are read a second
+time, mostly out of the L2 cache. Gradients of weight and bias are summed without atomics: every program adds up the rows
+it owns in a fixed order, and a second kernel adds up the programs.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastattn.runtime.launch import Launch
+from fastattn.runtime.launch import Launch, class_of
 
+PARKED = 16  # bytes of stack that are no fault: a scalar or two that the compiler keeps there outside the loop
 # Shared memory that one block may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
@@ -31,17 +32,29 @@ class Compiled:
         """How often an instruction's name occurs in the PTX, such as "wgmma.mma_async" or "mma.sync"."""
         return len(re.findall(rf"\b{re.escape(instruction)}", self.ptx))
 
+    def faults(self) -> list[str]:
+        """Why it should not be used."""
+        found = []
+        if self.stack > PARKED:
+            found.append(f"{self.stack} bytes of stack per thread: it spills")
+        if self.shared > shared_limit(self.arch):
+            found.append(f"{self.shared} bytes of shared memory, {shared_limit(self.arch)} fit")
+        return found
+
     def __str__(self) -> str:
         name = f"{self.kernel} sm_{self.arch}, {self.num_warps} warps"
         return f"{name}: {self.registers} registers, {self.stack} B stack, {self.shared} B shared"
 
 
+def shared_limit(arch: int) -> int:
+    """Bytes; an architecture that is not in the table is taken for one of the small ones."""
+    return SHARED_LIMIT.get(arch, 99 << 10)
+
+
 def key(launch: Launch) -> tuple[Any, ...]:
     """Launches with equal keys compile to the same code."""
-    from fastattn.runtime.launch import _class_of
-
     constants = tuple(launch.constants.items())
-    return launch.kernel.__name__, launch.num_warps, launch.num_stages, constants, *map(_class_of, launch.args)
+    return launch.kernel.__name__, launch.num_warps, launch.num_stages, constants, *map(class_of, launch.args)
 
 
 def compile_launch(launch: Launch, arch: int) -> Compiled:

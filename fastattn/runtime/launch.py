@@ -55,7 +55,9 @@ def objections(device: str) -> list[str]:
     """Why Triton kernels cannot serve tensors on `device` ("cpu", "cuda"); empty when they can."""
     found = [] if _INSTALLED else ["the package triton is not installed"]
     if device == "cuda":
-        if _lowest_arch_here() < LOWEST_ARCH:
+        if not torch.cuda.is_available():
+            found.append("a GPU, and torch finds none")
+        elif _lowest_arch_here() < LOWEST_ARCH:
             found.append(f"a GPU of compute capability 8.0 or newer, got {_lowest_arch_here() / 10}")
     elif device != "cpu":
         found.append(f"device cuda, got {device}")
@@ -165,7 +167,7 @@ def _launch(
     exact = (id(kernel), device, num_warps, num_stages, values, *facts)
     known = _exact.get(exact)
     if known is None or _profiled():
-        key = (id(kernel), device, num_warps, num_stages, values, *map(_class_of, args))
+        key = (id(kernel), device, num_warps, num_stages, values, *map(class_of, args))
         known = _compiled.get(key)
         if known is None or _profiled():
             _compiled[key] = _first(kernel, grid, args, constants, num_warps, num_stages)
@@ -195,7 +197,7 @@ def _first(
     return compiled.run, compiled.function, compiled.packed_metadata
 
 
-def _class_of(arg: Any) -> Any:
+def class_of(arg: Any) -> Any:
     """At least as fine as what Triton specialises on: dtype and alignment, one, multiples of 16, width of integers."""
     kind = type(arg)
     if kind is int:

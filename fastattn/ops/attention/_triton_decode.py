@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastattn.ops.attention._triton_append import append
 from fastattn.ops.attention._triton_score import LN2, LOG2E, any_lost, band, dot, dot_seen, log2_score
-from fastattn.ops.attention.tuning import split
+from fastattn.ops.attention.tuning import generation, split
 from fastattn.runtime import launch
 
 Tensor = torch.Tensor
@@ -394,9 +394,10 @@ _FEWEST_KEYS = 128  # in a split that was not asked for
 
 @functools.cache
 def row(arch: int, width: int, one_storage: bool, headdim: int, rows: int) -> DecodeRow:
-    """The row of the newest architecture not above `arch` that covers the head dimension and the rows."""
+    """The row of the newest generation not above `arch` that covers the head dimension and the rows."""
     if launch.INTERPRETED:
         return _INTERPRETED
+    arch = generation(arch)
     fits = [r for r in ROWS if r.arch <= arch and r.width == width and r.headdim >= headdim and r.rows >= rows]
     newest = max(r.arch for r in fits)
     fits = [r for r in fits if r.arch == newest and r.one_storage <= one_storage]

@@ -9,12 +9,13 @@ import torch
 
 from fastattn.ops._dispatch import Backend
 from fastattn.ops.attention.kvcache_spec import KVCacheSpec
-from fastattn.runtime import launch, native
+from fastattn.runtime import aot, launch, native
 
 _LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NATIVE_MISSING = native.error()
 _NONE: tuple[str, ...] = ()
 _WIDEST, _WIDEST_V = 576, 512
+_WIDEST_SMALL, _SHARED_OF_WIDE = 256, 163 << 10  # the tiles of wider heads do not fit smaller shared memory
 
 
 def _cpu_objections(spec: Any) -> Sequence[str]:
@@ -34,6 +35,12 @@ def _triton_objections(spec: Any) -> Sequence[str]:
         reasons.append(f"dtype float32, bfloat16 or float16, got {spec.dtype}")
     if spec.headdim > _WIDEST or spec.headdim_v > _WIDEST_V:
         reasons.append(f"headdim up to {_WIDEST} and headdim_v up to {_WIDEST_V}, got {spec.headdim}, {spec.headdim_v}")
+    elif spec.headdim > _WIDEST_SMALL and not reasons:
+        limit = aot.shared_limit(launch.arch(torch.device(spec.device)))
+        if limit < _SHARED_OF_WIDE and not launch.INTERPRETED:
+            reasons.append(
+                f"headdim up to {_WIDEST_SMALL} on a GPU with {limit >> 10} KB of shared memory, got {spec.headdim}"
+            )
     return reasons
 
 
