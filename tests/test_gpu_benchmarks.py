@@ -35,6 +35,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "DECODE", [AttentionShape(2, 4, 1, 40, 16, nheads_k=2)])
     monkeypatch.setattr(memory, "NORMS", [(8, 64), (5, 100)])
     monkeypatch.setattr(memory, "ROPE", [(2, 8, 4, 2, 16)])
+    monkeypatch.setattr(run, "BACKENDS", ())  # they are others' tests, and slow here
     # compiling takes seconds, and the programs under test do not depend on it
     monkeypatch.setattr("fastattn.benchmarks.rivals.compiled", lambda function: function)
     monkeypatch.setattr("fastattn.benchmarks.gpu.rivals.compiled", lambda function: function)
@@ -50,7 +51,7 @@ def test_every_part_yields_lawful_rows(part, tiny, tmp_path):
         found = run.run_case(case, watch, peaks, 0.01)
         assert found[0].contender == OURS and found[0].status == "ok", found[0]
         assert found[0].seconds and found[0].rate and found[0].share and found[0].ratio == 1
-        others = [row for row in found[1:] if row.status == "ok"]
+        others = [row for row in found[1:] if row.status == "ok" and not row.contender.startswith(OURS)]
         assert others or part in ("backward", "decode") or case.row == "packed", found
         for row in found[1:]:
             assert row.status in ("ok", "absent", "failed") and (row.status == "ok" or row.reason), row
@@ -59,6 +60,25 @@ def test_every_part_yields_lawful_rows(part, tiny, tmp_path):
     first, *rest = (tmp_path / f"{part}.jsonl").read_text().splitlines()
     assert json.loads(first)["machine"]["gpu"] == "none" and len(rest) == len(rows)
     assert rows[0].label in (tmp_path / f"{part}.md").read_text()
+
+
+def test_the_backends_of_fastattn_compete_with_each_other(tiny, monkeypatch):
+    monkeypatch.setattr(run, "BACKENDS", ("triton", "reference", "cpu"))
+    case = attention.cases("forward", CPU)[0]
+    ours = case.build().contenders[0]
+    assert [c.name for c in run.contenders(case.build())][1:4] == [f"{OURS} {b}" for b in run.BACKENDS]
+    rows = run.run_case(case, HostWatch(), Peaks(CPU, HostWatch(), size=64, copied=1 << 16), 0.01)
+    found = {row.contender: row for row in rows}
+    assert ours.name == OURS and found[f"{OURS} reference"].status == found[f"{OURS} triton"].status == "ok"
+    assert found[f"{OURS} reference"].ratio != found[OURS].ratio
+
+
+def test_a_backend_that_refuses_the_call_is_absent(tiny, monkeypatch):
+    monkeypatch.setattr(run, "BACKENDS", ("cuda",))
+    monkeypatch.setattr("fastattn.runtime.cuda.emulator", None)
+    case = attention.cases("forward", CPU)[0]
+    row = run.run_case(case, HostWatch(), Peaks(CPU, HostWatch(), size=64, copied=1 << 16), 0.01)[1]
+    assert row.contender == f"{OURS} cuda" and row.status == "absent" and "cuda" in row.reason
 
 
 def test_a_wrong_result_has_no_time(tiny, monkeypatch):

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
+import fastattn
+
 from .. import report
-from ..case import OURS, Case
+from ..case import OURS, AbsentError, Case, Contender, Prepared, Problem
 from ..run import Row, admit, speed
 from . import attention, memory
 from .machine import Peaks, describe, slug
 from .timing import Watch, measure
 
+BACKENDS = ("cuda", "triton")
 PARTS: dict[str, Callable[[str, torch.device, bool], list[Case]]] = {
     "forward": attention.cases,
     "backward": attention.cases,
@@ -32,7 +35,7 @@ def run_case(case: Case, watch: Watch, peaks: Peaks, budget_s: float) -> list[Ro
     problem = case.build()
     facts: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], object]] = {}
-    for contender in problem.contenders:
+    for contender in contenders(problem):
         facts[contender.name], prepared = admit(contender, problem)
         if prepared is not None:
             calls[contender.name] = prepared.call
@@ -48,6 +51,31 @@ def run_case(case: Case, watch: Watch, peaks: Peaks, budget_s: float) -> list[Ro
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return rows
+
+
+def contenders(problem: Problem) -> list[Contender]:
+    """Those of the problem, and fastattn once more forced to each of its GPU backends."""
+    ours, *rivals = problem.contenders
+    assert ours.name == OURS
+    return [ours, *(_forced(ours, backend) for backend in BACKENDS), *rivals]
+
+
+def _forced(ours: Contender, backend: str) -> Contender:
+    def prepare() -> Prepared:
+        with fastattn.use_backend(backend):
+            try:
+                prepared = ours.prepare()
+                prepared.call()
+            except fastattn.UnsupportedError as refusal:
+                raise AbsentError(str(refusal).splitlines()[0]) from None
+
+        def call() -> object:
+            with fastattn.use_backend(backend):
+                return prepared.call()
+
+        return Prepared(call, prepared.results)
+
+    return Contender(f"{OURS} {backend}", prepare)
 
 
 def write(out: Path, part: str, facts: dict[str, Any], rows: list[Row]) -> None:
