@@ -6,11 +6,14 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 
 .PHONY: demo test test-quick lint format bench sanitize aot docs wheel clean
 
+# Two processes, because most tests are one thread of Python; waiting threads sleep, because two times two are too many.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal
+
 test: $(VENV)/test
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-quick: $(VENV)/test
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/minilm_demo.py
