@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := setup.py pyproject.toml $(shell find csrc -path csrc/cuda -prune -o \( -name '*.cpp' -o -name '*.h' \) -print)
 
-.PHONY: demo test test-quick lint format bench sanitize aot docs wheel clean
+.PHONY: demo test test-quick lint format bench sanitize aot audit docs wheel clean
 
 # Two processes, because most tests are one thread of Python; waiting threads sleep, because two times two are too many.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal
@@ -25,12 +25,12 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh')
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh')
 
 # The C++ under the sanitizers for memory, undefined behaviour and threads; SANITIZE_TESTS=tests runs everything.
 SANITIZE_TESTS ?= tests/test_native_memory.py
@@ -41,6 +41,10 @@ sanitize: $(VENV)/test
 # Every Triton kernel, tuning row and option, compiled for sm_80, sm_90 and sm_100 (a sample of it is in `make test`).
 aot: $(VENV)/test
 	$(BIN)/python tests/triton_aot.py --all --quiet
+
+# Every CUDA C++ kernel, compiled for sm_80, sm_90a, sm_100 and sm_120 (a sample of it is in `make test`).
+audit: $(VENV)/test
+	$(BIN)/python tests/cuda_audit.py --all --quiet
 
 docs: $(VENV)/test
 	$(BIN)/fastattn doctor --matrix > docs/support-matrix.md

@@ -12,14 +12,16 @@ void bind_attention(py::module_& m);
 void bind_norms(py::module_& m);
 void bind_rope(py::module_& m);
 void bind_hugepages(py::module_& m);
+void bind_launch(py::module_& m);
 }  // namespace fastattn
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  m.doc() = "fastattn's native CPU kernels; see csrc/README.md";
+  m.doc() = "fastattn's native CPU kernels and the launcher of its CUDA kernels; see csrc/README.md";
   fastattn::bind_tensor(m);
   fastattn::bind_machine(m);
   fastattn::bind_attention(m);
   fastattn::bind_norms(m);
   fastattn::bind_rope(m);
   fastattn::bind_hugepages(m);
+  fastattn::bind_launch(m);
 }

@@ -110,6 +110,18 @@ bool try_view(PyObject* object, View* out) {
   return describe(t, out);
 }
 
+bool try_address(PyObject* object, void** data, DLDevice* device) {
+  DLTensor t;
+  if (exchange == nullptr) return false;
+  if (exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  *data = static_cast<char*>(t.data) + t.byte_offset;
+  *device = t.device;
+  return true;
+}
+
 PyObject* empty_tensor(int ndim, const int64_t* shape, Dtype dtype, const int64_t* stride) {
   if (exchange == nullptr) return nullptr;
   int64_t bytes = size_of(dtype);

@@ -54,6 +54,9 @@ View view_of(PyObject* object);
 // `object` must be a torch.Tensor or None.
 bool try_view(PyObject* object, View* out);
 
+// The address of a tensor's first element, and where it lies as DLPack numbers devices; false as above.
+bool try_address(PyObject* object, void** data, DLDevice* device);
+
 // A new uninitialised CPU tensor, contiguous unless strides are given: of huge pages when it is large (hugepages.cpp), else
 // from torch's allocator. Null when torch has no exchange API.
 PyObject* empty_tensor(int ndim, const int64_t* shape, Dtype dtype, const int64_t* stride = nullptr);

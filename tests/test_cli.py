@@ -46,7 +46,7 @@ def test_doctor_names_versions_isa_threads_and_backends(capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert torch.__version__ in text and fastattn.__version__ in text
     assert native.module().isa() in text
-    assert "cpu: ready; triton: ready; reference: ready" in text
+    assert "cpu: ready; cuda: ready; triton: ready; reference: ready" in text
 
 
 @needs_native
@@ -68,7 +68,7 @@ def test_doctor_says_why_native_is_missing(monkeypatch: pytest.MonkeyPatch, caps
 def test_matrix_is_what_the_backends_say(capsys: pytest.CaptureFixture[str]):
     assert main(["doctor", "--matrix"]) == 0
     text = capsys.readouterr().out
-    assert "| causal | fp32, bf16, fp16 | fp32, bf16, fp16 | fp32, bf16, fp16, fp64 |" in text
+    assert "| causal | fp32, bf16, fp16 | bf16, fp16 | fp32, bf16, fp16 | fp32, bf16, fp16, fp64 |" in text
     assert all(f"## {op}" in text for op in scenarios.OPS)
 
 
@@ -149,7 +149,7 @@ def test_verify_refuses_a_device_that_is_not_there(capsys: pytest.CaptureFixture
 
 
 def test_verify_with_a_backend_that_refuses_exits_with_1(capsys: pytest.CaptureFixture[str]):
-    assert main(["verify", "--op", "rope", "--dtype", "fp32", "--backend", "cuda"]) == 1
+    assert main(["verify", "--op", "attention", "--dtype", "fp32", "--backend", "cuda"]) == 1
     assert "unsupported" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.runtime import launch
+from fastattn.runtime import gpu, launch
 
 
 class Driver:
@@ -38,8 +38,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(launch, "_first", driver.compile)
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_exact", {})
-    monkeypatch.setattr(launch, "_current_device", lambda: -1)  # what a CPU tensor answers
-    monkeypatch.setattr(launch, "_stream_of", lambda device: 7)
+    monkeypatch.setattr(gpu, "current_device", lambda: -1)  # what a CPU tensor answers
+    monkeypatch.setattr(gpu, "stream_of", lambda device: 7)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)  # poisoning would count as host time
     yield driver

@@ -14,11 +14,12 @@ pytestmark = pytest.mark.slow
 
 CALL = """
 import torch, fastattn
-from fastattn.runtime import native
+from fastattn.runtime import native, sources
 q = torch.randn(1, 5, 2, 8)
 o = fastattn.attention(q, q, q, causal=True)
 assert torch.isfinite(o).all()
 assert torch.isfinite(fastattn.rms_norm(q)).all()
+assert str(sources.folder()).endswith("fastattn/_csrc/cuda") and "norm_fwd.cuh" in sources.closure("norm_fwd.cuh")
 print(fastattn.__file__, native.error())
 """
 
@@ -64,6 +65,8 @@ def _site(folder: Path) -> Path:
 def test_wheel_in_a_clean_environment(wheel: Path, python: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("fastattn/_native") for name in names), "the native module is missing"
+    kernels = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc/cuda").rglob("*.*h")}
+    assert {f"fastattn/_{name}" for name in kernels} <= set(names), "the sources of the CUDA kernels are missing"
     assert "fastattn/py.typed" in names and "fastattn/benchmarks/run.py" in names
     _run(str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
     printed = _run(str(python), "-c", CALL, cwd=tmp_path)

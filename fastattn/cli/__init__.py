@@ -1,4 +1,4 @@
-"""The command line: `fastattn doctor | verify | bench | hf-table`, also `python -m fastattn`.
+"""The command line: `fastattn doctor | verify | bench | warmup | hf-table`, also `python -m fastattn`.
 
 Exit codes: 0 fine; 1 something is wrong (no native module, a result that breaks the law); 2 the arguments are wrong.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from fastattn.cli import bench, doctor, hf_table, verify
+from fastattn.cli import bench, doctor, hf_table, verify, warmup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastattn", description="Fast attention, RoPE and norms for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor | verify | bench | hf-table")
-    for command in (doctor, verify, bench, hf_table):
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="doctor | verify | bench | warmup | hf-table"
+    )
+    for command in (doctor, verify, bench, warmup, hf_table):
         name = command.__name__.rsplit(".", 1)[1].replace("_", "-")
         summary = (command.__doc__ or "").splitlines()[0]
         sub = commands.add_parser(name, help=summary, description=command.__doc__, formatter_class=_Formatter)

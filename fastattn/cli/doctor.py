@@ -18,7 +18,7 @@ import torch
 
 import fastattn
 from fastattn.cli import matrix
-from fastattn.runtime import env, launch, native
+from fastattn.runtime import cache, cuda, env, jit, launch, native, nvrtc
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +64,8 @@ def collect() -> Iterator[tuple[str, Any]]:
         yield "native", f"absent: {native.error()}"
         ours = "absent with the native module"
     yield "huge pages", f"kernel: {transparent_huge_pages()}; fastattn's large outputs: {ours}"
+    yield "nvrtc", jit.error() or str(nvrtc.library())
+    yield "kernel cache", str(cache.location() or "off: every process compiles its CUDA kernels anew")
     yield "forced", env.BACKEND or "no backend (FASTATTN_BACKEND)"
     for op, backends in matrix.rooms():
         yield op, "; ".join(f"{backend.name}: {_state(backend)}" for backend in backends)
@@ -78,7 +80,9 @@ def _state(backend: Any) -> str:
     """Whether the backend can run on this machine; what it refuses in a given call is `fastattn.explain`'s to say."""
     if backend.name == "cpu" and native.error() is not None:
         return f"missing, {native.error()}"
-    if backend.name == "triton" and (wants := launch.objections("cuda" if torch.cuda.is_available() else "cpu")):
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    asked = {"cuda": cuda.objections, "triton": launch.objections}.get(backend.name)
+    if asked is not None and (wants := asked(here)):
         return f"cannot run here, wants {'; '.join(wants)}"
     try:
         importlib.import_module(backend.module)

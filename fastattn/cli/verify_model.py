@@ -74,7 +74,7 @@ def load(name: str, batch: str | None) -> tuple[Any, dict[str, Any]]:
     else:
         raise Wrong(f"--model must be a folder or module:function, got {name!r}")
     if batch is not None:
-        given = _from_file(batch)
+        given = batch_from_file(batch)
     if given is None:
         raise Wrong("--batch must be given: neither a tokenizer in the folder nor the function provides one")
     return model, given
@@ -114,7 +114,8 @@ def _from_function(name: str) -> tuple[torch.nn.Module, dict[str, Any] | None]:
     return model, None if batch is None else dict(batch)
 
 
-def _from_file(name: str) -> dict[str, Any]:
+def batch_from_file(name: str) -> dict[str, Any]:
+    """What `--batch` names."""
     try:
         if name.endswith(".json"):
             batch = {k: torch.tensor(v) for k, v in json.loads(Path(name).read_text()).items()}

@@ -113,7 +113,25 @@ def choose(op: str, backends: Sequence[Backend], spec: Any, forced: str | None) 
         for backend in backends:
             if backend.name == forced and not backend.objections(spec):
                 return backend
+        if _refusals is not None:
+            _refusals.append(_refusal(op, backends, spec, forced))
+            return backends[-1]
     raise UnsupportedError(_refusal(op, backends, spec, forced))
+
+
+_refusals: list[str] | None = None
+
+
+@contextlib.contextmanager
+def collecting_refusals() -> Iterator[list[str]]:
+    """Within the block a call that the forced backend refuses goes to the reference, and its refusal into the list: for
+    recordings of whole models (`fastattn warmup`), where nothing else can serve the tensors that stand for a GPU's."""
+    global _refusals
+    before, _refusals = _refusals, []
+    try:
+        yield _refusals
+    finally:
+        _refusals = before
 
 
 def _explanation(op: str, backends: Sequence[Backend], spec: Any, forced: str | None) -> Explanation:

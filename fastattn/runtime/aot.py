@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from fastattn.runtime.audit import dump
+from fastattn.runtime.gpu import shared_limit
 from fastattn.runtime.launch import Launch, class_of
 
 PARKED = 16  # bytes of stack that are no fault: a scalar or two that the compiler keeps there outside the loop
-# Shared memory that one block may use, in bytes (CUDA C++ programming guide, table of compute capabilities).
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,6 @@ class Compiled:
         return f"{name}: {self.registers} registers, {self.stack} B stack, {self.shared} B shared"
 
 
-def shared_limit(arch: int) -> int:
-    """Bytes; an architecture that is not in the table is taken for one of the small ones."""
-    return SHARED_LIMIT.get(arch, 99 << 10)
-
-
 def key(launch: Launch) -> tuple[Any, ...]:
     """Launches with equal keys compile to the same code."""
     constants = tuple(launch.constants.items())
@@ -72,21 +64,6 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, unbound)
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=target, options=parsed.__dict__)
-    registers, stack = _resources(built.asm["cubin"])
+    registers, stack, *_ = dump(built.asm["cubin"])
     name = kernel.__name__
     return Compiled(name, arch, launch.num_warps, registers, stack, built.metadata.shared, built.asm["ptx"])
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of stack, as cuobjdump of Triton's wheel reports them."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"aot: cuobjdump did not report resources: {text}")
-    return int(found[1]), int(found[2])

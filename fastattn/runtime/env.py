@@ -14,8 +14,16 @@ def _choice(name: str, allowed: tuple[str, ...]) -> str | None:
     return value
 
 
+def _text(*names: str) -> str | None:
+    """The first of them that is set and not empty."""
+    return next((value for value in map(os.environ.get, names) if value), None)
+
+
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 BACKEND = _choice("FASTATTN_BACKEND", ("cuda", "triton", "cpu", "reference"))
 CPU_ISA = _choice("FASTATTN_CPU_ISA", ISAS)
 HUGEPAGES = _choice("FASTATTN_HUGEPAGES", ("0", "1")) != "0"
+CUDA_CACHE = _text("FASTATTN_CUDA_CACHE")  # a folder, or "off"
+CUDA_HOME = _text("CUDA_HOME", "CUDA_PATH")  # of the CUDA toolkit, as torch reads it too
+CACHE_HOME = _text("XDG_CACHE_HOME")

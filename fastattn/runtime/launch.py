@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from fastattn.runtime import gpu
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "yes", "on", "y")
-LOWEST_ARCH = 80
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -42,8 +43,6 @@ class Recording:
     launches: list[Launch] = field(default_factory=list)
 
 
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)  # absent from builds of torch without CUDA
-_stream_of: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _recording: Recording | None = None
 _PLAIN = frozenset({int, float, type(None)})
 _MOST_EXACT = 1 << 14
@@ -55,10 +54,7 @@ def objections(device: str) -> list[str]:
     """Why Triton kernels cannot serve tensors on `device` ("cpu", "cuda"); empty when they can."""
     found = [] if _INSTALLED else ["the package triton is not installed"]
     if device == "cuda":
-        if not torch.cuda.is_available():
-            found.append("a GPU, and torch finds none")
-        elif _lowest_arch_here() < LOWEST_ARCH:
-            found.append(f"a GPU of compute capability 8.0 or newer, got {_lowest_arch_here() / 10}")
+        found += gpu.objections()
     elif device != "cpu":
         found.append(f"device cuda, got {device}")
     elif not INTERPRETED and _recording is None:
@@ -66,38 +62,18 @@ def objections(device: str) -> list[str]:
     return found
 
 
-@functools.cache
-def _lowest_arch_here() -> int:
-    return min(_arch_of(i) for i in range(torch.cuda.device_count()))
-
-
-@functools.cache
-def _arch_of(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-@functools.cache
-def _sms_of(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def arch(device: torch.device) -> int:
     """Compute capability as in sm_90: 90. Interpreted kernels are tuned like the lowest architecture."""
     if _recording is not None:
         return _recording.arch
-    return LOWEST_ARCH if device.type == "cpu" else _arch_of(_index(device))
+    return gpu.LOWEST_ARCH if device.type == "cpu" else gpu.arch_of(gpu.index_of(device))
 
 
 def sms(device: torch.device) -> int:
     """The number of streaming multiprocessors."""
     if _recording is not None:
         return _recording.sms
-    return 1 if device.type == "cpu" else _sms_of(_index(device))
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+    return 1 if device.type == "cpu" else gpu.sms_of(gpu.index_of(device))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -146,7 +122,7 @@ def run(
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
         return
     device = args[0].get_device()
-    if device != _current_device():
+    if device != gpu.current_device():
         with torch.cuda.device(device):
             _launch(kernel, grid, args, constants, num_warps, num_stages, device)
     else:
@@ -177,7 +153,7 @@ def _launch(
         _exact[exact] = known
     launcher, function, metadata = known
     x, y, z = (*grid, 1, 1)[:3]
-    launcher(x, y, z, _stream_of(device), function, metadata, None, None, None, *args, *values)
+    launcher(x, y, z, gpu.stream_of(device), function, metadata, None, None, None, *args, *values)
 
 
 def _first(

@@ -26,10 +26,14 @@ _DECLARED = re.compile(r"^\s*(\*?)\s*(\w+)\s*(?:\[(\d+)\])?\s*$")
 class Layout:
     """fields: (name, kind, offset) in the order of the declaration, an array of n as n fields name[0] … name[n-1]."""
 
+    header: str
     name: str
     fields: tuple[tuple[str, str, int], ...]
     size: int
     packer: struct.Struct
+
+    def __reduce__(self) -> Any:  # another process reads the declaration again
+        return layout, (self.header, self.name)
 
     def pack(self, values: Sequence[Any]) -> bytes:
         """One value per field: int, float, tensor or None (a null pointer), encoded tensor map (128 bytes)."""
@@ -63,7 +67,7 @@ def layout(header: str, name: str) -> Layout:
         widest = max(widest, alignment)
     codes.append("x" * (-offset % widest))
     packer = struct.Struct("".join(codes))
-    return Layout(name, tuple(fields), packer.size, packer)
+    return Layout(header, name, tuple(fields), packer.size, packer)
 
 
 def _declared(struct_name: str, body: str) -> list[tuple[str, str]]:

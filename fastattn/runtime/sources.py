@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PLACES = (_PACKAGE / "_csrc" / "cuda", _PACKAGE.parent / "csrc" / "cuda")
+_INCLUDE = re.compile(r"^\s*#\s*include\s*<([^>]+)>", re.MULTILINE)
 
 
 @functools.cache
@@ -25,7 +27,13 @@ def read(name: str) -> str:
 
 
 @functools.cache
-def headers() -> dict[str, str]:
-    """Every header, by the name it is included as."""
-    found = sorted(p for p in folder().rglob("*") if p.suffix in (".cuh", ".h"))
-    return {str(p.relative_to(folder())): p.read_text() for p in found}
+def closure(name: str) -> dict[str, str]:
+    """`name` and every header that it includes, by the names they are included as."""
+    found: dict[str, str] = {}
+    waiting = [name]
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found[one] = read(one)
+            waiting += _INCLUDE.findall(found[one])
+    return found

@@ -1,0 +1,13 @@
+// Encodes a fastattn.runtime.cuda.TensorMap for the hardware. Encodings are kept by everything but the address, which is
+// put in afterwards: a call that comes again, whatever memory its tensors got, costs a look into a table.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include "driver.h"
+
+namespace fastattn::cuda {
+
+// `address` is where the map's tensor lies. Throws ValueError's words when a rule of the driver is broken.
+void encode(const Driver& d, pybind11::handle map, void* address, TensorMap* out);
+
+}  // namespace fastattn::cuda

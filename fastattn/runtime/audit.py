@@ -1,0 +1,131 @@
+"""What a compiled kernel uses of a GPU that need not be there: registers, stack, shared memory, barriers, instructions."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastattn.runtime import env, jit
+from fastattn.runtime.gpu import shared_limit
+
+if TYPE_CHECKING:
+    from fastattn.runtime import cuda
+
+REGISTERS, BARRIERS = 65536, 16  # per multiprocessor, per block; the same on all that we compile for
+_RESERVED_SHARED = (
+    1 << 10
+)  # per block from compute capability 9.0 on, beside the limit; the compiler counts it as static
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
+
+
+@dataclass(frozen=True)
+class Audited:
+    """One specialisation for one target ("sm_90a"). Registers and stack are per thread, shared memory per block; log: what
+    the compiler warns of."""
+
+    kernel: str
+    target: str
+    threads: int
+    registers: int
+    stack: int
+    shared: int
+    barriers: int
+    opcodes: collections.Counter[str]
+    seconds: float
+    log: str = ""
+
+    def count(self, opcode: str) -> int:
+        """How often an opcode occurs, with whatever follows it: "HMMA" counts HMMA.16816.F32, "HMMA.16816" only such."""
+        return sum(n for name, n in self.opcodes.items() if name == opcode or name.startswith(f"{opcode}."))
+
+    def faults(self, expected: Sequence[str] = ()) -> list[str]:
+        """Why it should not be shipped. expected: opcodes that must occur."""
+        found = []
+        spills = self.count("LDL") + self.count("STL")
+        if self.stack or spills:
+            found.append(f"{self.stack} bytes of stack per thread and {spills} accesses to it: it spills")
+        limit = shared_limit(arch_of(self.target))
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, {limit} fit")
+        per_warp = -(-self.registers * 32 // 256) * 256  # as they are given out
+        if per_warp * -(-self.threads // 32) > REGISTERS:
+            found.append(f"{self.threads} threads of {self.registers} registers, {REGISTERS} registers are there")
+        if self.barriers > BARRIERS:
+            found.append(f"{self.barriers} barriers, {BARRIERS} are there")
+        found += [f"no {opcode} in it" for opcode in expected if not self.count(opcode)]
+        if self.log:  # such as wgmma that ptxas serialises
+            found.append(f"the compiler says: {' '.join(self.log.split())}")
+        return found
+
+    def __str__(self) -> str:
+        uses = f"{self.registers} registers, {self.stack} B stack, {self.shared} B shared, {self.barriers} barriers"
+        return f"{self.kernel} {self.target}, {self.threads} threads: {uses}, {self.seconds:.1f} s"
+
+
+def arch_of(target: str) -> int:
+    """ "sm_90a" -> 90."""
+    return int(re.sub(r"\D", "", target))
+
+
+def audit(kernel: cuda.Kernel, target: str) -> Audited:
+    """Compiles, whatever the cache holds, and disassembles. Raises RuntimeError where it does not compile."""
+    start = time.process_time()  # of one core, whatever else the machine does
+    built = jit.compile(kernel, target)
+    seconds = time.process_time() - start
+    registers, stack, static, text = dump(built.image, "-elf", "-sass")
+    static = max(0, static - _RESERVED_SHARED) if arch_of(target) >= 90 else static
+    barriers = re.search(r"EIATTR_NUM_BARRIERS\s+Format:\s+\w+\s+Value:\s+(\w+)", text)
+    return Audited(
+        str(kernel),
+        target,
+        kernel.threads,
+        registers,
+        stack,
+        static + kernel.shared,
+        int(barriers[1], 16) if barriers else 0,
+        collections.Counter(_OPCODE.findall(text)),
+        seconds,
+        built.log,
+    )
+
+
+def dump(cubin: bytes, *options: str) -> tuple[int, int, int, str]:
+    """Registers and bytes of stack per thread, bytes of static shared memory, and all that cuobjdump says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_cuobjdump(), "-res-usage", *options, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"audit: cuobjdump did not report resources: {text}")
+    return int(found[1]), int(found[2]), int(found[3]), text
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    """That of Triton's wheel, which has nvdisasm beside it, else that of the CUDA toolkit."""
+    spec = importlib.util.find_spec("triton")
+    places = (
+        [Path(place) / "backends" / "nvidia" / "bin" for place in (spec.submodule_search_locations or ())]
+        if spec
+        else []
+    )
+    places += [Path(env.CUDA_HOME) / "bin"] if env.CUDA_HOME else []
+    for place in places:
+        if (place / "cuobjdump").is_file():
+            return str(place / "cuobjdump")
+    found = shutil.which("cuobjdump")
+    if found is None:
+        raise RuntimeError("audit: cuobjdump must be there, from the package triton or the CUDA toolkit (CUDA_HOME)")
+    return found

@@ -1,0 +1,102 @@
+"""The CUDA C++ kernels compile for GPUs that are not here: a sample of tests/cuda_audit.py (`make audit` compiles all)."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import cuda_audit
+import pytest
+from cuda_probe import probe, probe_sources  # noqa: F401
+
+from fastattn.runtime import audit, jit
+
+if jit.error() is not None:
+    pytest.skip(jit.error() or "", allow_module_level=True)
+pytest.importorskip("triton")  # its wheel has cuobjdump
+
+
+def _sample() -> list[tuple[str, int]]:
+    """Every room for sm_80 and sm_90a, and for one of the newer ones."""
+    newer = {room: cuda_audit.ARCHS[2 + i % 2] for i, room in enumerate(cuda_audit.ROOMS)}
+    return [(room, arch) for room in cuda_audit.ROOMS for arch in (80, 90, newer[room])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room, arch", _sample())
+def test_kernels_fit_without_spilling(room, arch):
+    kernels = list(cuda_audit.distinct(room, arch, everything=False))
+    if not kernels:
+        pytest.skip(f"{room} has no kernels for sm_{arch}")
+    kernel = kernels[cuda_audit.ARCHS.index(arch) % len(kernels)]  # another one for each architecture
+    built, faults = cuda_audit.faults(room, kernel, arch, hurried=False)
+    print(built)
+    assert not faults, f"{built}: {'; '.join(faults)}"
+
+
+SPILLING = """#include <probe_params.h>
+template <class T, int kLive>
+__global__ void __launch_bounds__(1024) probe_kernel(const __grid_constant__ ProbeParams p) {
+  T value[kLive];
+  for (int i = 0; i < kLive; ++i) value[i] = p.a[threadIdx.x * kLive + i];
+  for (int turn = 0; turn < p.rows; ++turn)
+#pragma unroll
+    for (int i = 0; i < kLive; ++i) value[i] = value[i] * value[(i * 7 + 3) % kLive] + p.scale;
+  for (int i = 0; i < kLive; ++i) const_cast<T*>(p.b)[threadIdx.x * kLive + i] = value[i];
+}
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_120"])
+def test_a_kernel_that_spills_is_found(probe_sources: Path, target):  # noqa: F811
+    (probe_sources / "probe.cuh").write_text(SPILLING)
+    spilling, fitting = audit.audit(probe("float", "72"), target), audit.audit(probe("float", "8"), target)
+    assert spilling.registers == 64 and spilling.count("STL") and any("it spills" in f for f in spilling.faults())
+    assert fitting.faults(["FFMA", "STG"]) == [] and fitting.registers < 64
+
+
+BARRIERS = """#include <probe_params.h>
+template <class T, int kUsed>
+__global__ void __launch_bounds__(64) probe_kernel(const __grid_constant__ ProbeParams p) {
+  __shared__ T kept[256];
+  kept[threadIdx.x] = p.a[threadIdx.x];
+  asm volatile("bar.sync %0, 64;" ::"n"(kUsed - 1) : "memory");
+  const_cast<T*>(p.b)[threadIdx.x] = kept[p.rows];
+}
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
+def test_shared_memory_and_barriers_are_counted(probe_sources: Path, target):  # noqa: F811
+    (probe_sources / "probe.cuh").write_text(BARRIERS)
+    built = audit.audit(probe("float", "5", shared=2048), target)
+    assert built.shared == 1024 + 2048 and built.barriers == 5 and built.count("BAR")
+
+
+def _made(target: str = "sm_80", **facts: Any) -> audit.Audited:
+    opcodes = collections.Counter({"HMMA.16816.F32": 3, "HMMA.1688.F32": 1, "LDSM.16.M88.4": 2})
+    numbers = {"threads": 128, "registers": 128, "stack": 0, "shared": 0, "barriers": 1} | facts
+    return audit.Audited("k", target, **numbers, opcodes=opcodes, seconds=0.1)
+
+
+def test_opcodes_are_counted_by_whole_parts_of_their_names():
+    assert _made().count("HMMA") == 4 and _made().count("HMMA.16816") == 3 and _made().count("HMMA.168") == 0
+    assert _made().faults(["LDSM", "HGMMA"]) == ["no HGMMA in it"]
+
+
+@pytest.mark.parametrize(
+    "facts, words",
+    [
+        ({"shared": 164 << 10}, "167936 bytes of shared memory, 166912 fit"),
+        ({"shared": 100 << 10, "target": "sm_86"}, "102400 bytes of shared memory, 101376 fit"),
+        ({"threads": 384, "registers": 176}, "384 threads of 176 registers"),
+        ({"stack": 8}, "it spills"),
+        ({"barriers": 17}, "17 barriers"),
+        ({"log": "wgmma is\n serialized"}, "the compiler says: wgmma is serialized"),
+    ],
+)
+def test_what_does_not_fit_is_a_fault(facts, words):
+    (fault,) = _made(**facts).faults()
+    assert words in fault
+    assert _made("sm_90a", threads=384, registers=168, shared=227 << 10, barriers=16).faults() == []
