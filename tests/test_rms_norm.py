@@ -45,8 +45,8 @@ def holds(way: str, given: dict[str, torch.Tensor], options: dict[str, Any] | No
 )
 @pytest.mark.parametrize("dtype", law.LOW)
 def test_shapes(way, shape, dtype):
-    if way == "triton" and launch.INTERPRETED and shape[-1] > 100000:
-        pytest.skip("33000 columns take the same road, and the interpreter less time")
+    if way in ("triton", "cuda") and launch.INTERPRETED and shape[-1] > 100000:
+        pytest.skip("33000 columns take the same road, and the interpreter and the emulator less time")
     holds(way, tensors(*shape, dtype=dtype))
 
 

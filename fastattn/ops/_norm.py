@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 
 from fastattn.ops import _alloc, _check
-from fastattn.runtime import launch, native
+from fastattn.runtime import cuda, launch, native
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -114,6 +115,16 @@ def triton_objections(spec: NormSpec) -> list[str]:
     return found
 
 
+def cuda_objections(spec: NormSpec) -> list[str]:
+    """Why the CUDA C++ kernels do not take a norm."""
+    found = cuda.objections(spec.device)
+    if spec.dtype not in NATIVE_DTYPES:
+        found.append(f"dtype {_short(spec.dtype)} is not among float32, bfloat16, float16")
+    if math.prod(spec.shape[:-1]) >= 2**31 or spec.shape[-1] >= 2**31:
+        found.append("x has 2147483648 rows or columns, or more")
+    return found
+
+
 def cpu_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -159,6 +170,38 @@ def cpu_backward(
         *(mean is not None, weight_offset, torch.get_num_threads()),
     )
     return dx, dweight, dbias
+
+
+class Rows(NamedTuple):
+    """A tensor [..., cols] as rows: row (i, j, k) starts at i·stride[0] + j·stride[1] + k·stride[2] (in elements)."""
+
+    sizes: tuple[int, int]  # of j and k
+    strides: tuple[int, int, int]
+
+
+def rows_of(x: torch.Tensor) -> tuple[torch.Tensor, Rows]:
+    """x and its rows; x is copied only where its leading dimensions do not fold into three."""
+    if x.is_contiguous():
+        return x, Rows((1, 1), (x.shape[-1], 0, 0))
+    folded: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if folded and folded[-1][1] == size * stride:
+            folded[-1] = (folded[-1][0] * size, stride)
+        else:
+            folded.append((size, stride))
+    if len(folded) > 3:
+        return rows_of(x.contiguous())
+    padded = folded + [(1, 0)] * (3 - len(folded))
+    return x, Rows((padded[1][0], padded[2][0]), (padded[0][1], padded[1][1], padded[2][1]))
+
+
+def vector_gradient(dtype: torch.dtype | None, cols: int, rows: int, device: torch.device) -> torch.Tensor | None:
+    """Room for dweight or dbias; without rows nothing writes it, and the sum over none is 0."""
+    if dtype is None:
+        return None
+    return (torch.empty if rows else torch.zeros)(cols, dtype=dtype, device=device)
 
 
 def unit_last(grad: torch.Tensor | None) -> torch.Tensor | None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from fastattn.ops._norm import Rows, rows_of, vector_gradient
 from fastattn.runtime import launch
 
 Tensor = torch.Tensor
@@ -22,31 +23,6 @@ _WIDEST_FWD = 32768
 _WIDEST_BWD = 8192
 _CHUNK = 8192
 _STAGES = 2  # tiles of the backward in flight: with 3 some kernels spill, by analysis
-
-
-class Rows(NamedTuple):
-    """A tensor [..., cols] as rows: row (i, j, k) starts at i·stride[0] + j·stride[1] + k·stride[2] (in elements)."""
-
-    sizes: tuple[int, int]  # of j and k
-    strides: tuple[int, int, int]
-
-
-def rows_of(x: Tensor) -> tuple[Tensor, Rows]:
-    """x and its rows; x is copied only where its leading dimensions do not fold into three."""
-    if x.is_contiguous():
-        return x, Rows((1, 1), (x.shape[-1], 0, 0))
-    folded: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if folded and folded[-1][1] == size * stride:
-            folded[-1] = (folded[-1][0] * size, stride)
-        else:
-            folded.append((size, stride))
-    if len(folded) > 3:
-        return rows_of(x.contiguous())
-    padded = folded + [(1, 0)] * (3 - len(folded))
-    return x, Rows((padded[1][0], padded[2][0]), (padded[0][1], padded[1][1], padded[2][1]))
 
 
 @functools.lru_cache(4096)
@@ -382,7 +358,7 @@ def backward(
     """dx, dweight, dbias; a dtype of None means that this gradient is not wanted."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     cols, rows = x.shape[-1], rstd.numel()
-    dweight, dbias = (_vector(dtype, cols, rows, x.device) for dtype in (dweight_dtype, dbias_dtype))
+    dweight, dbias = (vector_gradient(dtype, cols, rows, x.device) for dtype in (dweight_dtype, dbias_dtype))
     if dx.numel() == 0:
         return dx, dweight, dbias
     dy, y_rows = rows_of(dy)
@@ -424,13 +400,6 @@ def backward(
             grid, constants = (launch.cdiv(cols, 64),), {"BLOCK_M": 32, "BLOCK_N": 64}
             launch.run(norm_bwd_reduce_kernel, grid, (partial, out, programs, cols), constants, num_warps=4)
     return dx, dweight, dbias
-
-
-def _vector(dtype: torch.dtype | None, cols: int, rows: int, device: torch.device) -> Tensor | None:
-    """Room for dweight or dbias; without rows nothing writes it, and the sum over none is 0."""
-    if dtype is None:
-        return None
-    return (torch.empty if rows else torch.zeros)(cols, dtype=dtype, device=device)
 
 
 def _flat(rows: Rows | None) -> tuple[int, ...]:

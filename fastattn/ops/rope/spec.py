@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -145,6 +146,18 @@ def cpu_objections(spec: RopeSpec) -> list[str]:
         found.append(f"x is on {spec.device}, the kernel is for the CPU")
     if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         found.append(f"dtype {str(spec.dtype).removeprefix('torch.')} is not among float32, bfloat16, float16")
+    return found
+
+
+def cuda_objections(spec: RopeSpec) -> list[str]:
+    """Why the CUDA C++ kernel does not take a call."""
+    from fastattn.runtime import cuda
+
+    found = cuda.objections(spec.device)
+    if spec.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        found.append(f"dtype {str(spec.dtype).removeprefix('torch.')} is not among float32, bfloat16, float16")
+    if math.prod(spec.shapes[0][:-2]) >= 2**31:
+        found.append("2147483648 positions or more")
     return found
 
 
