@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastattn.ops.attention._arguments import SMALLEST_SCALE
 from fastattn.ops.attention._triton_append import append
 from fastattn.ops.attention._triton_score import LN2, LOG2E, any_lost, band, dot, dot_seen, log2_score
-from fastattn.ops.attention.tuning import generation, split
+from fastattn.ops.attention.tuning import FEWEST_KEYS, generation, split, splits
 from fastattn.runtime import launch
 
 Tensor = torch.Tensor
@@ -389,7 +390,6 @@ ROWS = (
 )
 _ODD = DecodeRow(80, 2, False, 1024, _ANY, 16, 16, 8, 2, 2)  # 16-bit caches that cannot be read 16 bytes at a time
 _INTERPRETED = DecodeRow(0, 0, False, 1024, _ANY, 16, 16, 4, 1, 1)
-_FEWEST_KEYS = 128  # in a split that was not asked for
 
 
 @functools.cache
@@ -422,21 +422,6 @@ def _alignment(k_strides: tuple[int, ...], v_strides: tuple[int, ...], dtype: to
     return 1 if (k_b | k_n | k_h | v_b | v_n | v_h) & (each - 1) else each
 
 
-@functools.lru_cache(4096)
-def splits(programs: int, capacity: int, slots: int) -> int:
-    """How many splits let `programs` programs over `capacity` keys end soonest on `slots` that run at a time.
-
-    Time is counted in keys: rounds of programs, each a split's keys and what a program costs besides, and the combining.
-    """
-    start, combine = 64, 128
-    best, fewest = 1, launch.cdiv(programs, slots) * (capacity + start)
-    for n in range(2, min(capacity // _FEWEST_KEYS, 256) + 1):
-        time = launch.cdiv(programs * n, slots) * (launch.cdiv(capacity, n) + start) + combine + n
-        if time < fewest:
-            best, fewest = n, time
-    return best
-
-
 @functools.cache
 def _starts(headdim: int, headdim_v: int) -> bool:
     """Does the first part of a row of k hold a row of v that shares its storage?"""
@@ -457,7 +442,7 @@ def _plan(
     blocks_m = launch.cdiv(seqlen_q * group, tile.BLOCK_M)
     least = 1
     if num_splits is None:
-        least = launch.cdiv(_FEWEST_KEYS, tile.BLOCK_N)
+        least = launch.cdiv(FEWEST_KEYS, tile.BLOCK_N)
         num_splits = splits(blocks_m * nheads_k * batch, capacity, sms * tile.per_sm)
     constants = {
         "GROUP": group, "HEADDIM": headdim, "HEADDIM_V": headdim_v, "BLOCK_SIZE": block_size or 1,
@@ -499,7 +484,7 @@ def kvcache(
     tile = row_of(spec, device, one_storage, align)
     blocks_m, num_splits, least, constants, combining = _plan(
         tile, batch, nheads, nheads_k, seqlen_q, capacity, headdim, headdim_v, block_size, upper_left,
-        scale > 0 and softcap is None and not alibi, one_storage, align,
+        scale >= SMALLEST_SCALE and softcap is None and not alibi, one_storage, align,
         dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32, num_splits, launch.sms(device),
     )  # fmt: skip
     rows, part = batch * seqlen_q * nheads, None

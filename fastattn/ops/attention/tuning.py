@@ -141,6 +141,24 @@ def split(headdim: int) -> tuple[int, int]:
     return (whole, 0) if headdim <= 64 or rest >= whole // 2 else (whole // 2, rest)
 
 
+FEWEST_KEYS = 128  # of a cache in a split that was not asked for
+
+
+@functools.lru_cache(4096)
+def splits(programs: int, capacity: int, slots: int) -> int:
+    """How many splits let `programs` programs over a cache of `capacity` keys end soonest on `slots` that run at a time.
+
+    Time is counted in keys: rounds of programs, each a split's keys and what a program costs besides, and the combining.
+    """
+    start, combine = 64, 128
+    best, fewest = 1, -(-programs // slots) * (capacity + start)
+    for n in range(2, min(capacity // FEWEST_KEYS, 256) + 1):
+        time = -(-programs * n // slots) * (-(-capacity // n) + start) + combine + n
+        if time < fewest:
+            best, fewest = n, time
+    return best
+
+
 def kind(spec: Any) -> str:
     if spec.mask or spec.bias or spec.alibi or spec.dropout_p or spec.softcap is not None:
         return "pairs"
