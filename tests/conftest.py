@@ -1,6 +1,7 @@
 """What every test runs under: NaN-poisoned torch.empty, a fixed seed, and the thread count put back afterwards.
 
 Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; it must be chosen before they are imported.
+The CUDA C++ kernels run in the emulator there, when the machine has the compiler for it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fastattn import UnsupportedError
-from fastattn.runtime import launch, native
+from fastattn.runtime import cuda, launch, native
 
 if launch.INTERPRETED:
     import interpreter
 
     interpreter.mend()
+
+if not torch.cuda.is_available():
+    import emulator
+
+    if emulator.available():
+        cuda.emulator = emulator.run
 
 
 def _poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -1,6 +1,7 @@
 """Test parameters for functions that `use_backend` forces: every backend, and for cpu every instruction set.
 
-`triton` runs on the GPU where there is one, else in Triton's interpreter.
+On machines without a GPU `triton` runs in Triton's interpreter and `cuda` in the emulator, where the compiler that it needs
+is there.
 """
 
 from __future__ import annotations
@@ -8,19 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import emulator
 import torch
 
 import fastattn
 from fastattn.runtime import native
 
 ISAS = tuple(native.module().isas()) if native.error() is None else ()
-WAYS = (*(f"cpu-{isa}" for isa in ISAS), "eager", "triton", "reference")
+CUDA = ("cuda",) if torch.cuda.is_available() or emulator.available() else ()
+WAYS = (*(f"cpu-{isa}" for isa in ISAS), "eager", "triton", *CUDA, "reference")
 
 
 @contextlib.contextmanager
 def placed(name: str) -> Iterator[str]:
     """Tensors made without a device lie where that way wants them."""
-    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
     with torch.device(device):
         yield name
 

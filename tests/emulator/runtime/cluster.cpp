@@ -1,0 +1,157 @@
+// Clusters, fences of the async proxy, and the pool of registers.
+#include <cstring>
+
+#include "async.h"
+#include "device.h"
+#include "memory.h"
+#include "warp.h"
+
+namespace emulator {
+namespace {
+
+struct {
+  u32 arrived, turn;
+  std::vector<Fibre*> waiting;
+  std::vector<u32> turns;  // per thread: how often it arrived
+  Clock* clock;
+} barrier;
+
+u32 live() {
+  u32 n = 0;
+  for (const Block& b : blocks) n += b.live;
+  return n;
+}
+
+Clock* last_clock;           // of the turn that completed
+std::vector<Fibre*> hungry;  // who wait for registers
+
+void complete_if_due() {
+  if (barrier.arrived == 0 || barrier.arrived < live()) return;
+  last_clock = barrier.clock;
+  for (Fibre* f : barrier.waiting) {
+    f->clock = clocks.acquire(f->clock, last_clock);
+    if (f != current) make_ready(f);
+  }
+  barrier.waiting.clear();
+  barrier.arrived = 0;
+  ++barrier.turn;
+  barrier.clock = clocks.zero();
+  ++progress;
+}
+
+void nothing(Gather&) {}
+
+}  // namespace
+
+void reset_cluster() {
+  barrier.arrived = barrier.turn = 0;
+  barrier.waiting.clear();
+  barrier.turns.assign(launch.cluster * launch.block.x * launch.block.y * launch.block.z, 0);
+  barrier.clock = clocks.zero();
+  last_clock = nullptr;
+  hungry.clear();
+}
+
+void cluster_exits() { complete_if_due(); }
+
+u32 cluster_rank() { return current->block->rank; }
+u32 cluster_size() { return launch.cluster; }
+
+void cluster_arrive() {
+  const Pc pc = CALLER;
+  gather("cluster_arrive", ~0u, false, nothing, nullptr, pc);
+  u32& turns = barrier.turns[current->id];
+  if (turns > barrier.turn) fail_here(pc, "cluster_arrive twice without cluster_wait");
+  ++turns;
+  ++barrier.arrived;
+  clocks.join(barrier.clock, current->clock, current->id, current->own);
+  ++current->own;
+  complete_if_due();
+}
+
+void cluster_wait() {
+  const Pc pc = CALLER;
+  gather("cluster_wait", ~0u, false, nothing, nullptr, pc);
+  const u32 turns = barrier.turns[current->id];
+  if (turns == 0) fail_here(pc, "cluster_wait without cluster_arrive");
+  if (turns > barrier.turn) {
+    barrier.waiting.push_back(current);
+    wait("cluster_wait", pc);
+  } else {
+    current->clock = clocks.acquire(current->clock, last_clock);
+  }
+}
+
+namespace {
+
+u8* in_block(const void* p, u32 rank, const char* verb, Pc pc) {
+  const u32 at = shared_offset(p, 4, 4, verb, pc);
+  if (rank >= launch.cluster) fail_here(pc, format("%s block %u of a cluster of %u", verb, rank, launch.cluster));
+  return arena + at % kWindow + u64{rank} * kWindow;
+}
+
+}  // namespace
+
+u32 cluster_address(const void* p, u32 rank) {
+  const u8* there = in_block(p, rank, "cluster_address in", CALLER);
+  return static_cast<u32>((there - arena) % kWindow) | (rank + 1) << 24;
+}
+
+float load_cluster(const void* p, u32 rank) {
+  const Pc pc = CALLER;
+  const u8* there = in_block(p, rank, "load_cluster from", pc);
+  shared_read(there - arena, 4, pc);
+  float x;
+  std::memcpy(&x, there, 4);
+  return x;
+}
+
+void store_cluster(void* p, u32 rank, float x) {
+  const Pc pc = CALLER;
+  u8* there = in_block(p, rank, "store_cluster to", pc);
+  shared_write(there - arena, 4, pc);
+  std::memcpy(there, &x, 4);
+}
+
+// ---- fence.proxy.async: what the thread wrote until now, whoever sees a later clock of it sees fenced
+
+void fence_async() {
+  Fibre& f = *current;
+  f.fences.push_back(f.own);
+  ++f.own;
+  barriers_are_fenced(&f);
+}
+
+// ---- setmaxnreg: 65536 registers per multiprocessor; a block gets its even share at first
+
+namespace {
+
+u32 taken(const Block& b) {
+  u32 n = 0;
+  for (const Warp& w : b.warps) n += 32 * w.registers;
+  return n;
+}
+
+}  // namespace
+
+void registers_change(u32 count, bool raise) {
+  const Pc pc = CALLER;
+  gather(raise ? "registers_raise" : "registers_lower", ~0u, true, nothing, nullptr, pc);
+  Block& b = *current->block;
+  Warp& w = b.warps[current->warp];
+  if (current->lane != 0) return;
+  if (!raise) {
+    w.registers = count < w.registers ? count : w.registers;
+    for (Fibre* f : hungry) make_ready(f);
+    hungry.clear();
+    ++progress;
+    return;
+  }
+  while (count > w.registers && taken(b) + 32 * (count - w.registers) > 65536) {
+    hungry.push_back(current);
+    wait("registers_raise (the block's 65536 registers are taken)", pc);
+  }
+  if (count > w.registers) w.registers = count;
+}
+
+}  // namespace emulator
