@@ -263,7 +263,9 @@ def test_scaled_dot_product_attention() -> None:
 
 def test_unknown_and_absent_backends() -> None:
     with pytest.raises(UnsupportedError, match="attention: backend must be one of those this operation has"):
-        attention(**call(backend="cuda"))
+        attention(**call(backend="vulkan"))
+    with pytest.raises(UnsupportedError, match=r"attention_weights: .* \(cpu, triton, reference\), got 'cuda'"):
+        attention_weights(torch.randn(1, 3, 2, 8), torch.randn(1, 3, 2, 8), torch.randn(1, 2, 3), backend="cuda")
 
 
 def test_backward_on_its_own() -> None:

@@ -1,6 +1,7 @@
 """Everything at once: hypothesis draws whole calls, and each backend is held to the law against the reference.
 
-FASTATTN_FUZZ_EXAMPLES raises the number of calls; the default is small and always the same.
+FASTATTN_FUZZ_EXAMPLES raises the number of calls; the default is small and always the same. FASTATTN_FUZZ_BACKENDS names
+others than cpu, with commas: interpreted and emulated kernels (triton, cuda) take seconds per call.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from fastattn.ops.attention import reference
 from fastattn.ops.attention.backends import BACKENDS
 
 EXAMPLES = int(os.environ.get("FASTATTN_FUZZ_EXAMPLES", "150"))
-BACKENDS_HERE = os.environ.get("FASTATTN_FUZZ_BACKENDS", "cpu").split(
-    ","
-)  # interpreted, triton takes seconds per example
+BACKENDS_HERE = os.environ.get("FASTATTN_FUZZ_BACKENDS", "cpu").split(",")
 CANDIDATES = [b.name for b in BACKENDS if b.name in BACKENDS_HERE]
 
 lengths = st.integers(0, 12) | st.integers(30, 70) | st.sampled_from([1, 16, 17, 127, 128, 129, 200])
-headdims = st.integers(1, 20) | st.sampled_from([32, 40, 64, 72, 96, 128])
+HEADDIMS = st.integers(1, 20) | st.sampled_from([32, 40, 64, 72, 96, 128])
+TAKEN = {
+    "cuda": (law.LOW[1:], st.integers(1, 4).map(lambda n: 8 * n) | st.sampled_from([40, 64, 72, 96, 128, 192, 256]))
+}
 sides = st.none() | st.integers(0, 40)
 
 
 @st.composite
-def calls(draw: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, keywords) of one valid call; mask travels with the keywords."""
+def calls(draw: Any, backend: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, keywords) of one valid call that the backend takes; mask travels with the keywords."""
+    dtypes, headdims = TAKEN.get(backend, (law.LOW, HEADDIMS))
     seed = draw(st.integers(0, 10**6))
-    dtype = draw(st.sampled_from(law.LOW))
+    dtype = draw(st.sampled_from(dtypes))
     nheads_k, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     nheads, headdim, headdim_v = nheads_k * group, draw(headdims), draw(headdims)
     keywords: dict[str, Any] = {"return_lse": True}
@@ -85,9 +88,9 @@ def calls(draw: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(call=calls())
-def test_any_call(backend: str, call: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> None:
-    tensors, keywords = call
+@given(data=st.data())
+def test_any_call(backend: str, data: st.DataObject) -> None:
+    tensors, keywords = data.draw(calls(backend))
     note(str({name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} | keywords))
     wants = [name for name in tensors if name != "alibi_slopes"]
 

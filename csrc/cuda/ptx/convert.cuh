@@ -55,8 +55,6 @@ __forceinline__ float2 unpack<bf16>(u32 x) {
 template <>
 __forceinline__ float2 unpack<f16>(u32 x) {
   float2 y;
-  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
-      : "=f"(y.x), "=f"(y.y)
-      : "r"(x));
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}" : "=f"(y.x), "=f"(y.y) : "r"(x));
   return y;
 }

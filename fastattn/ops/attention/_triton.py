@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import _philox, tuning
+from fastattn.ops.attention import tuning
+from fastattn.ops.attention._arguments import SMALLEST_SCALE, dropout, edge, pair_strides, slopes_stride
+from fastattn.ops.attention._arguments import strides as _strides
 from fastattn.ops.attention._triton_bias import attention_bwd_dbias_kernel, attention_bwd_dsinks_kernel
 from fastattn.ops.attention._triton_bwd import (
     attention_bwd_delta_kernel,
@@ -23,11 +25,7 @@ _ABSENT = (None, None, None, None)
 
 
 def _pair_strides(t: Tensor | None) -> tuple[Any, ...]:
-    """Strides over batch, head, query and key of a mask or bias; 0 where it broadcasts."""
-    if t is None:
-        return _ABSENT
-    strides = [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
-    return (*(0,) * (4 - len(strides)), *strides)
+    return _ABSENT if t is None else pair_strides(t)
 
 
 def _sides(t: Tensor | None) -> tuple[bool, bool]:
@@ -37,15 +35,9 @@ def _sides(t: Tensor | None) -> tuple[bool, bool]:
     return t.dim() > 1 and t.shape[-2] > 1, t.dim() > 0 and t.shape[-1] > 1
 
 
-def _strides(t: Tensor) -> tuple[int, int, int]:
-    """Strides over batch, seqlen and head."""
-    s = t.stride()
-    return (s[0], s[1], s[2]) if len(s) == 4 else (0, s[0], s[1])
-
-
 def _folds(spec: Any) -> bool:
     """Can the scale be multiplied in together with log2 e, in the instruction that subtracts the maximum?"""
-    return spec.scale > 0 and spec.softcap is None and not spec.alibi and not spec.bias
+    return spec.scale >= SMALLEST_SCALE and spec.softcap is None and not spec.alibi and not spec.bias
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,7 +59,7 @@ def _constants(
 def _kernel_constants(
     spec: Any, tile: tuning.Tile, tail: bool, mask: Tensor | None, bias: Tensor | None
 ) -> dict[str, Any]:
-    fold = spec.scale > 0 and spec.softcap is None and not spec.alibi and not spec.bias
+    fold = _folds(spec)
     tf32 = spec.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return _constants(
         tile, spec.headdim, spec.headdim_v, spec.nheads // spec.nheads_k, spec.upper_left, fold,
@@ -76,18 +68,12 @@ def _kernel_constants(
     )  # fmt: skip
 
 
-def _edge(side: int | None, spec: Any) -> int | None:
-    """A window no wider than the scores, so that adding to it does not overflow 32 bits."""
-    return None if side is None else min(side, spec.seqlen_q + spec.seqlen_k)
-
-
 def _slopes_stride(alibi_slopes: Tensor | None) -> int | None:
-    return None if alibi_slopes is None else 0 if alibi_slopes.dim() == 1 else alibi_slopes.stride(0)
+    return None if alibi_slopes is None else slopes_stride(alibi_slopes)
 
 
 def _dropout(spec: Any, philox: Tensor | None) -> tuple[Any, ...]:
-    """threshold, 1 / (1 - dropout_p)."""
-    return (None, None) if philox is None else (_philox.threshold(spec.dropout_p), 1.0 / (1.0 - spec.dropout_p))
+    return (None, None) if philox is None else dropout(spec)
 
 
 def forward(
@@ -111,7 +97,7 @@ def forward(
         q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, philox,
         *_strides(q), *_strides(k), *_strides(v), *_pair_strides(mask), *_pair_strides(bias),
         _slopes_stride(alibi_slopes), spec.nheads, spec.seqlen_q, spec.seqlen_k, blocks_m, lse.shape[-1],
-        _edge(spec.left, spec), _edge(spec.right, spec), float(spec.scale), spec.softcap, *_dropout(spec, philox),
+        edge(spec.left, spec), edge(spec.right, spec), float(spec.scale), spec.softcap, *_dropout(spec, philox),
     )  # fmt: skip
     constants = _kernel_constants(spec, tile, spec.seqlen_k % tile.BLOCK_N != 0, mask, bias)
     grid = (blocks_m * spec.nheads * spec.batch,)
@@ -157,7 +143,7 @@ def backward(
     packing = (cu_seqlens_q, cu_seqlens_k, philox)
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do))
     pairs = (*_pair_strides(mask), *_pair_strides(bias), _slopes_stride(alibi_slopes))
-    band = (_edge(spec.left, spec), _edge(spec.right, spec))
+    band = (edge(spec.left, spec), edge(spec.right, spec))
     scores = (float(spec.scale), spec.softcap, *_dropout(spec, philox))
 
     full = _full_size(spec, dbias)
@@ -262,7 +248,7 @@ def weights(
     args = (
         q, k, lse.contiguous(), mask, bias, alibi_slopes, out, *_strides(q), *_strides(k), *_pair_strides(mask),
         *_pair_strides(bias), _slopes_stride(alibi_slopes), spec.nheads, spec.seqlen_q, spec.seqlen_k, blocks_m,
-        blocks_n, _edge(spec.left, spec), _edge(spec.right, spec), float(spec.scale), spec.softcap,
+        blocks_n, edge(spec.left, spec), edge(spec.right, spec), float(spec.scale), spec.softcap,
     )  # fmt: skip
     constants = _kernel_constants(spec, tile, True, mask, bias)
     grid = (blocks_m * blocks_n * spec.nheads * spec.batch,)

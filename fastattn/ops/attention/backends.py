@@ -9,12 +9,15 @@ import torch
 
 from fastattn.ops._dispatch import Backend
 from fastattn.ops.attention.kvcache_spec import KVCacheSpec
-from fastattn.runtime import aot, launch, native
+from fastattn.runtime import aot, cuda, launch, native
 
 _LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NATIVE_MISSING = native.error()
 _NONE: tuple[str, ...] = ()
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
 _WIDEST, _WIDEST_V = 576, 512
+_WIDEST_CUDA = 256
+_LONGEST, _MOST_QUERIES = 1 << 30, 65535 * 64  # positions are 32-bit numbers; a grid has 65535 blocks of queries
 _WIDEST_SMALL, _SHARED_OF_WIDE = 256, 163 << 10  # the tiles of wider heads do not fit smaller shared memory
 
 
@@ -44,14 +47,39 @@ def _triton_objections(spec: Any) -> Sequence[str]:
     return reasons
 
 
+def _cuda_objections(spec: Any) -> Sequence[str]:
+    reasons = cuda.objections(spec.device)
+    if spec.dtype not in _HALF_DTYPES:
+        reasons.append(f"dtype bfloat16 or float16, got {spec.dtype}")
+    for name, size in (("headdim", spec.headdim), ("headdim_v", spec.headdim_v)):
+        if size > _WIDEST_CUDA or size % 8 != 0:
+            reasons.append(f"{name} a multiple of 8 up to {_WIDEST_CUDA}, got {size}")
+    if reasons or isinstance(spec, KVCacheSpec):
+        return reasons
+    if spec.seqlen_q + spec.seqlen_k >= _LONGEST or spec.seqlen_q > _MOST_QUERIES:
+        reasons.append(f"fewer than {_LONGEST} keys and queries together and up to {_MOST_QUERIES} queries")
+    return reasons
+
+
+def _cuda_row(spec: Any) -> object:
+    from fastattn.ops.attention import _cuda_decode, _cuda_sm90, tuning_cuda, tuning_sm90
+
+    if isinstance(spec, KVCacheSpec):
+        return _cuda_decode.row_of(spec)
+    hopper = cuda.hopper(torch.device(spec.device)) and not _cuda_sm90.objections(spec)
+    return tuning_sm90.row_of(spec) if hopper else tuning_cuda.row_of(spec)
+
+
 def _triton_row(spec: Any) -> object:
     from fastattn.ops.attention import _triton_decode, tuning
 
     return _triton_decode.row_of(spec) if isinstance(spec, KVCacheSpec) else tuning.row_of(spec)
 
 
-BACKENDS = (
-    Backend("cpu", "fastattn.ops.attention._cpu", _cpu_objections),
+_WITHOUT_CUDA = (
     Backend("triton", "fastattn.ops.attention._triton", _triton_objections, _triton_row),
     Backend("reference", "fastattn.ops.attention._reference", lambda spec: _NONE),
 )
+_CPU = Backend("cpu", "fastattn.ops.attention._cpu", _cpu_objections)
+BACKENDS = (_CPU, Backend("cuda", "fastattn.ops.attention._cuda", _cuda_objections, _cuda_row), *_WITHOUT_CUDA)
+WEIGHTS = (_CPU, *_WITHOUT_CUDA)  # attention_weights is bound by writing its result: it has no CUDA C++ kernel

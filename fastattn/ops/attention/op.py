@@ -19,7 +19,7 @@ from fastattn.ops._check import fail, same_device, same_dtype, shape
 from fastattn.ops._dispatch import choose
 from fastattn.ops._op import Op
 from fastattn.ops.attention import _reference
-from fastattn.ops.attention.backends import BACKENDS
+from fastattn.ops.attention.backends import BACKENDS, WEIGHTS
 from fastattn.ops.attention.kvcache_spec import check_kvcache
 from fastattn.ops.attention.spec import AttentionSpec, check_attention
 
@@ -263,7 +263,7 @@ def _new_weights(spec: AttentionSpec, q: Tensor) -> Tensor:
 
 def _weights_forward(q, k, lse, mask, bias, alibi_slopes, left, right, upper_left, scale, softcap, backend):
     spec = _check_weights(q, k, lse, mask, bias, alibi_slopes, left, right, upper_left, scale, softcap)
-    chosen = choose("attention_weights", BACKENDS, spec, backend)
+    chosen = choose("attention_weights", WEIGHTS, spec, backend)
     out = _new_weights(spec, q)
     chosen.impl.weights(spec, q, k, _unit_last(lse), mask, bias, alibi_slopes, out)
     return out

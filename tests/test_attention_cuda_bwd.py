@@ -1,0 +1,355 @@
+"""The CUDA kernels of attention's backward, held to the law: on the GPU where there is one, else in the emulator.
+
+Any forward pairs with any backward, so the reference's serves here. In the emulator tiles are 32 wide, so lengths around 80
+make whole, masked and skipped ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import law
+import pytest
+import torch
+
+from fastattn.ops.attention import _cuda, _cuda_bwd, _reference, attention, reference
+from fastattn.runtime import cuda, gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EMULATED = DEVICE == "cpu"
+if cuda.objections(DEVICE):
+    pytest.skip(f"the backend cuda needs {'; '.join(cuda.objections(DEVICE))}", allow_module_level=True)
+DTYPES = (torch.bfloat16, torch.float16)
+QKV = ("q", "k", "v")
+SEQLEN_Q, SEQLEN_K, NHEADS = 70, 85, 2
+
+
+SMALL = {
+    False: _cuda_bwd.Row(0, 256, False, _cuda_bwd.Dkdv(32, 32, 2, 1), _cuda_bwd.Dq(32, 32, 2)),
+    True: _cuda_bwd.Row(0, 256, True, _cuda_bwd.Dkdv(32, 32, 1, 2), _cuda_bwd.Dq(32, 16, 2)),
+}
+shipped = _cuda_bwd.find
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of the kernels for every GPU, not of Hopper's."""
+    if EMULATED:
+        monkeypatch.setattr(_cuda_bwd, "find", lambda arch, headdim, pairs: SMALL[pairs])
+    with cuda.portable():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def reference_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "forward", _reference.forward)
+
+
+def on_cuda(*args: Any, **kwargs: Any) -> Any:
+    return attention(*args, backend="cuda", **kwargs)
+
+
+def qkv(
+    seqlen_q: int = SEQLEN_Q,
+    seqlen_k: int = SEQLEN_K,
+    headdim: int = 32,
+    headdim_v: int | None = None,
+    *,
+    batch: int = 1,
+    nheads: int = NHEADS,
+    nheads_k: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    layout: str = "contiguous",
+) -> dict[str, torch.Tensor]:
+    kind: dict[str, Any] = {"dtype": dtype, "layout": layout}
+    return {
+        "q": law.randn(batch, seqlen_q, nheads, headdim, **kind, seed=1).to(DEVICE),
+        "k": law.randn(batch, seqlen_k, nheads_k, headdim, **kind, seed=2).to(DEVICE),
+        "v": law.randn(batch, seqlen_k, nheads_k, headdim_v or headdim, **kind, seed=3).to(DEVICE),
+    }
+
+
+def holds(
+    tensors: dict[str, torch.Tensor], options: dict[str, Any], wants: tuple[str, ...] = QKV, terms: float = 0.0
+) -> Any:
+    return law.check(on_cuda, reference.attention, tensors, {"return_lse": True, **options}, wants=wants, terms=terms)
+
+
+def _mask() -> torch.Tensor:
+    """Empty rows, empty tiles, and single pairs."""
+    mask = torch.rand(1, NHEADS, SEQLEN_Q, SEQLEN_K) < 0.5
+    mask[:, :, 4:7] = False
+    mask[:, 0, :, 32:64], mask[:, 1, 32:64, :32] = False, False
+    return mask.to(DEVICE)
+
+
+def _bias() -> torch.Tensor:
+    bias = law.randn(1, NHEADS, SEQLEN_Q, SEQLEN_K, seed=4)
+    return bias.masked_fill(torch.rand(bias.shape) < 0.1, -math.inf).to(DEVICE)
+
+
+def _relative_bias() -> torch.Tensor:
+    return law.randn(NHEADS, 1, SEQLEN_K, seed=4).to(DEVICE)
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "causal": ({}, {"causal": True}),
+    "window": ({}, {"window": (11, 6), "causal": "upper_left"}),
+    "scale": ({}, {"scale": -0.4}),
+    "softcap": ({}, {"softcap": 1.5}),
+    "mask": ({}, {"mask": _mask}),
+    "bias": ({"bias": _bias}, {}),
+    "shared_bias": ({"bias": _relative_bias}, {}),
+    "alibi": ({"alibi_slopes": lambda: torch.rand(1, NHEADS).to(DEVICE)}, {}),
+    "sinks": ({"sinks": lambda: law.randn(NHEADS, seed=5).to(DEVICE)}, {}),
+    "dropout": ({}, {"dropout_p": 0.3}),
+}
+
+
+def with_options(*names: str, **kind: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any], tuple[str, ...]]:
+    tensors: dict[str, torch.Tensor] = qkv(**kind)
+    keywords: dict[str, Any] = {}
+    for name in names:
+        more, settings = OPTIONS[name]
+        tensors.update({n: make() for n, make in more.items()})
+        keywords.update({n: x() if callable(x) else x for n, x in settings.items()})
+    return tensors, keywords, tuple(n for n in tensors if n != "alibi_slopes")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option(option: str, dtype: torch.dtype) -> None:
+    holds(*with_options(option, dtype=dtype))
+
+
+_SAME = ({"causal", "window"}, {"bias", "shared_bias"})
+PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if set(pair) not in _SAME]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_pair_of_options(pair: tuple[str, str]) -> None:
+    tensors, options, wants = with_options(*pair, headdim=8, nheads_k=NHEADS)
+    if "bias" in tensors:
+        tensors["bias"] = tensors["bias"].to(torch.bfloat16)
+    holds(tensors, options, wants)
+
+
+BANDS: list[dict[str, Any]] = [
+    {"causal": True},
+    {"causal": "upper_left"},
+    {"window": (1, 2)},
+    {"window": (40, None)},
+    {"window": (None, 3), "causal": "upper_left"},
+]
+
+
+@pytest.mark.parametrize("band", BANDS, ids=str)
+@pytest.mark.parametrize("seqlen_q,seqlen_k", [(1, 1), (1, 140), (128, 128), (33, 97), (130, 34)])
+def test_band(seqlen_q: int, seqlen_k: int, band: dict[str, Any]) -> None:
+    """Queries before the first key, keys after the last query, and tiles exactly on the edges."""
+    holds(qkv(seqlen_q, seqlen_k, nheads=1), band)
+
+
+@pytest.mark.parametrize("headdim,headdim_v", [(40, 24), (96, 80), (64, 128), (192, 128), (256, 256)])
+def test_headdim(headdim: int, headdim_v: int) -> None:
+    holds(qkv(35, 45, headdim, headdim_v, nheads=1), {"causal": True})
+
+
+@pytest.mark.parametrize("option", ["causal", "mask", "dropout"])
+@pytest.mark.parametrize("nheads,nheads_k", [(3, 3), (4, 2), (3, 1)])
+def test_grouped_heads(nheads: int, nheads_k: int, option: str) -> None:
+    tensors, options, _ = with_options(option, nheads=nheads, nheads_k=nheads_k)
+    if option == "mask":
+        options["mask"] = (torch.rand(1, nheads, SEQLEN_Q, SEQLEN_K) < 0.5).to(DEVICE)
+        options["mask"][:, 1, :, :64] = False
+    holds(tensors, options)
+
+
+@pytest.mark.parametrize("layout", law.LAYOUTS)
+def test_layout(layout: str) -> None:
+    holds(qkv(layout=layout, batch=2), {})
+
+
+@pytest.mark.parametrize("shape", [(85,), (70, 1), (2, 1, 85), (2, 1, 1, 85), (2, 1, 70, 85), (1, 2, 70, 1), (1,) * 4])
+@pytest.mark.parametrize("kind", ["mask", "bias"])
+def test_broadcast_pairs(kind: str, shape: tuple[int, ...]) -> None:
+    """A side that broadcasts is read through stride 0, and its gradient is the sum over it.
+
+    terms: the dS of a query are of size sqrt(headdim) and cancel, up to the rounding of o, from which delta is made.
+    """
+    tensors = qkv(batch=2, headdim=8)
+    if kind == "mask":
+        holds(tensors, {"mask": (torch.rand(shape) < 0.6).to(DEVICE)})
+    else:
+        holds({**tensors, "bias": law.randn(*shape, seed=4).to(DEVICE)}, {}, (*QKV, "bias"), terms=8**0.5)
+
+
+def test_strided_pairs() -> None:
+    mask = (torch.rand(1, 1, SEQLEN_K, SEQLEN_Q) < 0.7).to(DEVICE).transpose(-1, -2).expand(1, NHEADS, -1, -1)
+    bias = law.randn(1, 1, SEQLEN_K, SEQLEN_Q, seed=4).to(DEVICE).transpose(-1, -2).expand(1, NHEADS, -1, -1)
+    holds({**qkv(), "bias": bias}, {"mask": mask}, (*QKV, "bias"))
+
+
+@pytest.mark.parametrize("nheads_k", [1, 2])
+def test_tiles_that_a_mask_hides(nheads_k: int) -> None:
+    """Padding on either side, a causal mask as booleans, and a head that sees nothing."""
+    padding = torch.ones(2, 1, 1, 100, dtype=torch.bool)
+    padding[0, ..., 40:], padding[1, ..., :70] = False, False
+    triangle = torch.ones(2, NHEADS, 40, 100, dtype=torch.bool).tril(30)
+    triangle[1, 1] = False
+    for mask in (padding, triangle):
+        holds(qkv(40, 100, 8, batch=2, nheads_k=nheads_k), {"mask": mask.to(DEVICE)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_low_precision_bias_and_sinks(dtype: torch.dtype) -> None:
+    tensors, options, wants = with_options("bias", "sinks", dtype=dtype)
+    tensors["bias"], tensors["sinks"] = tensors["bias"].to(dtype), tensors["sinks"].to(dtype)
+    holds(tensors, options, wants)
+
+
+CU_SEQLENS_Q = torch.tensor([0, 0, 33, 34, 75], dtype=torch.int32, device=DEVICE)
+CU_SEQLENS_K = torch.tensor([0, 9, 42, 42, 92], dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("option", ["causal", "window", "dropout", "sinks", "bias", "shared_bias", "mask", "alibi"])
+def test_packed(option: str) -> None:
+    """Ragged batches with a sequence that has no queries and one that has no keys."""
+    shapes = {"q": (75, NHEADS, 16), "k": (92, 1, 16), "v": (92, 1, 8)}
+    tensors = {n: law.randn(*s, seed=i, dtype=torch.bfloat16).to(DEVICE) for i, (n, s) in enumerate(shapes.items())}
+    keywords: dict[str, Any] = {"cu_seqlens_q": CU_SEQLENS_Q, "cu_seqlens_k": CU_SEQLENS_K}
+    wants = QKV
+    if option in ("bias", "shared_bias"):
+        shape = (4, NHEADS, 41, 50) if option == "bias" else (NHEADS, 41, 50)
+        tensors["bias"] = law.randn(*shape, seed=4, dtype=torch.bfloat16).to(DEVICE)
+        wants = (*QKV, "bias")
+    elif option == "mask":
+        keywords["mask"] = (torch.rand(4, 1, 41, 50) < 0.7).to(DEVICE)
+    elif option == "alibi":
+        tensors["alibi_slopes"] = torch.rand(4, NHEADS).to(DEVICE)
+    elif option == "sinks":
+        tensors["sinks"] = law.randn(NHEADS, seed=5).to(DEVICE)
+        wants = (*QKV, "sinks")
+    else:
+        keywords.update(OPTIONS[option][1])
+    holds(tensors, keywords, wants)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=["batch", "seqlen_q", "seqlen_k"])
+def test_nothing_to_do(sizes: tuple[int, int, int]) -> None:
+    batch, seqlen_q, seqlen_k = sizes
+    tensors = {name: t.requires_grad_() for name, t in qkv(seqlen_q, seqlen_k, batch=batch).items()}
+    for g in torch.autograd.grad(on_cuda(**tensors).sum(), list(tensors.values())):
+        assert (g == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, NHEADS, 0, 20), (1, NHEADS, 20, 0)])
+def test_no_queries_or_no_keys_with_a_bias(shape: tuple[int, ...]) -> None:
+    seqlen_q, seqlen_k = shape[2:]
+    for sizes in (shape, (1, 1, seqlen_q, seqlen_k), (NHEADS, 1, seqlen_k), (seqlen_q, 1), (1,)):
+        tensors = qkv(seqlen_q, seqlen_k) | {
+            "bias": torch.randn(sizes, device=DEVICE),
+            "sinks": torch.randn(NHEADS, device=DEVICE),
+        }
+        holds(tensors, {"causal": True}, (*QKV, "bias", "sinks"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["keys", "queries"])
+def test_what_may_not_be_seen_may_hold_anything(what: str, bad: float, dtype: torch.dtype) -> None:
+    """A band, a mask and a bias hide the poison; the tiles it lies in hold visible pairs too."""
+    mask = torch.ones(1, 1, SEQLEN_Q, SEQLEN_K, dtype=torch.bool)
+    mask[..., 20:22], mask[:, :, 11:13] = False, False
+    bias = torch.zeros(1, 1, SEQLEN_Q, SEQLEN_K).masked_fill(torch.arange(SEQLEN_K) == 40, -math.inf)
+
+    def poisoned(q: Any, k: Any, v: Any, **kwargs: Any) -> Any:
+        q, k, v = q.clone(), k.clone(), v.clone()
+        if what == "keys":
+            k[:, 20], v[:, 21], k[:, 40], v[:, 40] = bad, bad, bad, bad
+        else:
+            q[:, 11:13] = bad
+        return on_cuda(q, k, v, **kwargs)
+
+    options = {"mask": mask.to(DEVICE), "bias": bias.to(DEVICE), "causal": True, "return_lse": True}
+    law.check(poisoned, reference.attention, qkv(dtype=dtype), options, wants=QKV)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_poison_spoils_what_sees_it(bad: float) -> None:
+    """One key in a tile that earlier queries see a part of, on the road of plain causal calls."""
+    tensors = qkv(64, 64)
+    clean = law.run(on_cuda, tensors, {"causal": True}, QKV, ("o",), 0)["dq"]
+    tensors["k"][:, 45, :, 3] = bad
+    got, plain = (law.run(f, tensors, {"causal": True}, QKV, ("o",), 0) for f in (on_cuda, reference.attention))
+    assert torch.equal(got["dq"][:, :45], clean[:, :45])
+    for name in ("dq", "dk", "dv"):
+        assert torch.equal(got[name].isfinite(), plain[name].isfinite()), name
+
+
+def test_poisoned_gradients_of_rows_that_see_nothing() -> None:
+    """Their dout may hold NaN, and reaches neither dk nor dv; that of a row that sees keys reaches those, and no others."""
+    tensors = {name: t.requires_grad_() for name, t in qkv(40, 40).items()}
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool)
+    mask[:, :, 7], mask[:, :, 9, 20:] = False, False
+    o = on_cuda(**tensors, mask=mask.to(DEVICE))
+    for row, spoiled in ((7, 0), (9, 20)):
+        dout = torch.ones_like(o)
+        dout[:, row] = math.nan
+        _, dk, dv = torch.autograd.grad(o, list(tensors.values()), dout, retain_graph=True)
+        for g in (dk, dv):
+            assert not g[:, :spoiled].isfinite().any() and g[:, spoiled:].isfinite().all()
+
+
+def test_gradient_through_lse_and_strided_gradients() -> None:
+    """The cotangents are expanded and transposed; that of lse alone passes through delta."""
+    leaves = {name: t.requires_grad_() for name, t in qkv().items()}
+    expected = torch.autograd.grad(reference.attention(**leaves).sum(), list(leaves.values()))
+    for g, e in zip(torch.autograd.grad(on_cuda(**leaves).sum(), list(leaves.values())), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=2e-2, atol=2e-2)
+
+    def lse_of(function: Any) -> Any:
+        return lambda **tensors: function(**tensors, causal=True, return_lse=True)[1]
+
+    law.check(lse_of(on_cuda), lse_of(reference.attention), qkv(), wants=("q", "k"), names=("lse",))
+
+
+@pytest.mark.parametrize("option", ["causal", "shared_bias", "dropout", "sinks"])
+def test_same_bits(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the threads run in another order and copies land at other times."""
+    tensors, options, wants = with_options(option)
+    found = []
+    for seed in (1, 2):
+        if EMULATED:
+            import emulator
+
+            monkeypatch.setattr(cuda, "emulator", functools.partial(emulator.run, seed=seed))
+        found.append(law.run(on_cuda, tensors, {**options, "return_lse": True}, wants, ("o", "lse"), 0))
+    for name, t in found[0].items():
+        assert torch.equal(t, found[1][name]), name
+
+
+TILES = [(64, 64, 90, False), (96, 96, 80, False), (128, 128, 80, False), (192, 128, 80, False), (64, 64, 90, True)]
+
+
+@pytest.mark.skipif(not EMULATED, reason="a GPU runs its own row")
+@pytest.mark.parametrize("headdim,headdim_v,arch,pairs", TILES)
+def test_shipped_tiles(headdim: int, headdim_v: int, arch: int, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the small tiles do not have: several blocks of 16 rows per warp, panels, the exchange through shared memory."""
+    monkeypatch.setattr(_cuda_bwd, "find", lambda *_: shipped(arch, max(headdim, headdim_v), pairs))
+    holds(qkv(150, 140, headdim, headdim_v, nheads=1), {"causal": True, **({"softcap": 2.0} if pairs else {})})
+
+
+def test_every_call_has_a_row_that_fits() -> None:
+    for arch, headdim, headdim_v, pairs in itertools.product(
+        (80, 86, 89, 90, 100, 120), (8, 64, 72, 128, 136, 192, 256), (8, 128, 256), (False, True)
+    ):
+        row = shipped(arch, max(headdim, headdim_v), pairs)
+        assert row.headdim >= max(headdim, headdim_v) and row.pairs == pairs
+        for tile in (row.dkdv, row.dq):
+            assert tile.shared(row.headdim, row.headdim) <= gpu.shared_limit(arch) and 64 <= tile.threads <= 256
+    assert len({row[:3] for row in _cuda_bwd.ROWS}) == len(_cuda_bwd.ROWS)
