@@ -21,16 +21,17 @@ demo: $(VENV)/demo
 bench: $(VENV)/bench
 	$(BIN)/fastattn bench
 
+CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cuh')
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 # The C++ under the sanitizers for memory, undefined behaviour and threads; SANITIZE_TESTS=tests runs everything.
 SANITIZE_TESTS ?= tests/test_native_memory.py

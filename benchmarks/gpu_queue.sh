@@ -5,17 +5,20 @@
 #
 # PART      what it does
 # build     installs this checkout into the current Python without touching its torch and triton; doctor
+# warm      compiles the CUDA C++ kernels that the other parts use, on all cores
 # test      the kernels' tests, on the GPU
-# verify    every option of every operation against float64, on the GPU
+# sanitize  the CUDA C++ kernels under compute-sanitizer's memcheck and racecheck, on small shapes
+# verify    every option of every operation against float64, on the GPU: as fastattn chooses, and all on Triton
 # forward backward masked decode norms rope
 #           the benchmark grid of that name: OUTDIR/<part>.jsonl and .md
-# tune      searches the tiles of the attention kernels and prints rows for tuning.py
-# all       every part above but tune, one after the other
+# tune      searches the tiles of the Triton attention kernels and prints rows for tuning.py
+# hopper    tries the rows of the Hopper attention kernels against each other and prints the winner of each cell
+# all       every part above but tune and hopper, one after the other
 #
 # Each part writes OUTDIR/<part>.log and exits with its own status. `build` must have run once on the machine; where it
 # reaches no package index, the folder WHEELS (default .whl) holds what is missing there: pytest, hypothesis, pybind11.
 set -euo pipefail
-part=${1:?a part: build, test, verify, forward, backward, masked, decode, norms, rope, tune or all}
+part=${1:?a part, as the head of this script lists them}
 out=${2:?a folder for results and logs}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -33,23 +36,47 @@ build() {
   "$python" -m fastattn doctor
 }
 
+sanitize() {
+  if ! command -v compute-sanitizer > /dev/null; then
+    echo "gpu_queue: no compute-sanitizer on this machine" >&2 && return 3
+  fi
+  local tool worst=0
+  for tool in memcheck racecheck; do # torch's caching allocator would hide an access beyond a tensor in its own blocks
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 290 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py -k sanitizer || worst=$?
+  done
+  return "$worst"
+}
+
+verify() {
+  local force worst=0
+  for force in "" "--backend triton"; do
+    # shellcheck disable=SC2086  # no option, or two words
+    timeout 290 "$python" -m fastattn verify --device cuda $force || worst=$?
+  done
+  return "$worst"
+}
+
 run() {
   case $1 in
     build) build ;;
     test)
-      timeout 580 "$python" -m pytest -q --maxfail=25 tests/test_gpu.py tests/test_launch.py tests/test_attention_triton.py \
-        tests/test_attention_triton_kvcache.py tests/test_layer_norm.py tests/test_rms_norm.py tests/test_rope.py \
-        -k "triton or launch or gpu" ;;
-    verify) timeout 580 "$python" -m fastattn verify --device cuda ;;
+      timeout 580 "$python" -m pytest -q --maxfail=25 tests/test_gpu.py tests/test_launch.py tests/test_*_cuda*.py \
+        tests/test_*_sm90.py tests/test_attention_triton*.py tests/test_layer_norm.py tests/test_rms_norm.py \
+        tests/test_rope.py -k "triton or cuda or sm90 or launch or gpu" ;;
+    warm) timeout 580 "$python" -m fastattn warmup ;;
+    sanitize) sanitize ;;
+    verify) verify ;;
     forward | backward | masked | decode | norms | rope)
       timeout 590 "$python" -m fastattn.benchmarks.gpu "$1" --out "$out" --until 540 ;;
+    hopper) timeout 590 "$python" -m fastattn.benchmarks.gpu.hopper --out "$out" --until 500 ;;
     tune) timeout 590 "$python" -m fastattn.benchmarks.gpu.tune --out "$out" --until 500 ;;
     *) echo "gpu_queue: no part $1" >&2 && return 2 ;;
   esac
 }
 
 status=0
-if [ "$part" = all ]; then parts=(build test verify forward backward masked decode norms rope); else parts=("$part"); fi
+if [ "$part" = all ]; then parts=(build warm test sanitize verify forward backward masked decode norms rope); else parts=("$part"); fi
 for each in "${parts[@]}"; do
   echo "== $each"
   run "$each" 2>&1 | tee "$out/$each.log" || status=$?

@@ -23,7 +23,9 @@ from fastattn.ops.attention import (
 )
 from fastattn.ops.attention.backends import BACKENDS
 
-NAMES = [b.name for b in BACKENDS if b.name not in ("cuda", "triton")]  # their own files: on a GPU, emulated or interpreted
+NAMES = [
+    b.name for b in BACKENDS if b.name not in ("cuda", "triton")
+]  # their own files: on a GPU, emulated or interpreted
 DTYPES = law.LOW
 QKV = ("q", "k", "v")
 

@@ -24,9 +24,9 @@ def qkv(seqlen: int, dtype: torch.dtype, nheads_k: int = 4) -> dict[str, torch.T
     return {name: law.randn(*s, dtype=dtype, seed=i).cuda() for i, (name, s) in enumerate(shapes.items())}
 
 
-def test_triton_takes_cuda_tensors() -> None:
+def test_cuda_comes_before_triton() -> None:
     found = fastattn.explain(fastattn.attention, **qkv(64, torch.bfloat16))
-    assert found.chosen == "triton", found
+    assert found.chosen == "cuda" and not found.objections["triton"], found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,6 +94,22 @@ def test_cuda_graphs_replay_the_same_bits(name: str) -> None:
     captured.zero_()
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_kvcache", "rms_norm", "layer_norm", "rope"])
+def test_the_cuda_kernels_under_a_sanitizer(name: str) -> None:
+    """Run under compute-sanitizer by `gpu_queue.sh sanitize`; here it shows that these calls are served at all."""
+    with fastattn.use_backend("cuda"):
+        assert torch.isfinite(_calls()[name]()).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (40, 0)}, {"softcap": 5.0}])
+def test_the_cuda_backward_under_a_sanitizer(options: dict[str, Any]) -> None:
+    tensors = {name: t.requires_grad_() for name, t in qkv(113, torch.bfloat16).items()}
+    with fastattn.use_backend("cuda"):
+        o = fastattn.attention(**tensors, **options)
+        for gradient in torch.autograd.grad(o, list(tensors.values()), torch.ones_like(o)):
+            assert torch.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("name", ["attention", "attention_kvcache", "rms_norm", "layer_norm", "rope"])

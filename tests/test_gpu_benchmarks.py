@@ -35,7 +35,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "DECODE", [AttentionShape(2, 4, 1, 40, 16, nheads_k=2)])
     monkeypatch.setattr(memory, "NORMS", [(8, 64), (5, 100)])
     monkeypatch.setattr(memory, "ROPE", [(2, 8, 4, 2, 16)])
-    monkeypatch.setattr(run, "BACKENDS", ())  # they are others' tests, and slow here
+    monkeypatch.setattr(run, "FAMILIES", ())  # they are others' tests, and slow here
     # compiling takes seconds, and the programs under test do not depend on it
     monkeypatch.setattr("fastattn.benchmarks.rivals.compiled", lambda function: function)
     monkeypatch.setattr("fastattn.benchmarks.gpu.rivals.compiled", lambda function: function)
@@ -62,11 +62,11 @@ def test_every_part_yields_lawful_rows(part, tiny, tmp_path):
     assert rows[0].label in (tmp_path / f"{part}.md").read_text()
 
 
-def test_the_backends_of_fastattn_compete_with_each_other(tiny, monkeypatch):
-    monkeypatch.setattr(run, "BACKENDS", ("triton", "reference", "cpu"))
+def test_the_families_of_fastattn_compete_with_each_other(tiny, monkeypatch):
+    monkeypatch.setattr(run, "FAMILIES", ("triton", "reference", "cpu"))
     case = attention.cases("forward", CPU)[0]
     ours = case.build().contenders[0]
-    assert [c.name for c in run.contenders(case.build())][1:4] == [f"{OURS} {b}" for b in run.BACKENDS]
+    assert [c.name for c in run.contenders(case.build())][1:4] == [f"{OURS} {family}" for family in run.FAMILIES]
     rows = run.run_case(case, HostWatch(), Peaks(CPU, HostWatch(), size=64, copied=1 << 16), 0.01)
     found = {row.contender: row for row in rows}
     assert ours.name == OURS and found[f"{OURS} reference"].status == found[f"{OURS} triton"].status == "ok"
@@ -74,11 +74,11 @@ def test_the_backends_of_fastattn_compete_with_each_other(tiny, monkeypatch):
 
 
 def test_a_backend_that_refuses_the_call_is_absent(tiny, monkeypatch):
-    monkeypatch.setattr(run, "BACKENDS", ("cuda",))
+    monkeypatch.setattr(run, "FAMILIES", ("cuda portable",))
     monkeypatch.setattr("fastattn.runtime.cuda.emulator", None)
     case = attention.cases("forward", CPU)[0]
     row = run.run_case(case, HostWatch(), Peaks(CPU, HostWatch(), size=64, copied=1 << 16), 0.01)[1]
-    assert row.contender == f"{OURS} cuda" and row.status == "absent" and "cuda" in row.reason
+    assert row.contender == f"{OURS} cuda portable" and row.status == "absent" and "cuda" in row.reason
 
 
 def test_a_wrong_result_has_no_time(tiny, monkeypatch):

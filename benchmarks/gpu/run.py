@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastattn
+from fastattn.runtime import cuda
 
 from .. import report
 from ..case import OURS, AbsentError, Case, Contender, Prepared, Problem
@@ -19,7 +21,7 @@ from . import attention, memory
 from .machine import Peaks, describe, slug
 from .timing import Watch, measure
 
-BACKENDS = ("cuda", "triton")
+FAMILIES = ("cuda", "cuda portable", "triton")  # portable: without the kernels that only Hopper runs
 PARTS: dict[str, Callable[[str, torch.device, bool], list[Case]]] = {
     "forward": attention.cases,
     "backward": attention.cases,
@@ -54,15 +56,22 @@ def run_case(case: Case, watch: Watch, peaks: Peaks, budget_s: float) -> list[Ro
 
 
 def contenders(problem: Problem) -> list[Contender]:
-    """Those of the problem, and fastattn once more forced to each of its GPU backends."""
+    """Those of the problem, and fastattn once more forced to each of its families of GPU kernels."""
     ours, *rivals = problem.contenders
     assert ours.name == OURS
-    return [ours, *(_forced(ours, backend) for backend in BACKENDS), *rivals]
+    return [ours, *(_forced(ours, family) for family in FAMILIES), *rivals]
 
 
-def _forced(ours: Contender, backend: str) -> Contender:
+@contextlib.contextmanager
+def _family(name: str) -> Iterator[None]:
+    backend, _, portable = name.partition(" ")
+    with fastattn.use_backend(backend), cuda.portable() if portable else contextlib.nullcontext():
+        yield
+
+
+def _forced(ours: Contender, family: str) -> Contender:
     def prepare() -> Prepared:
-        with fastattn.use_backend(backend):
+        with _family(family):
             try:
                 prepared = ours.prepare()
                 prepared.call()
@@ -70,12 +79,12 @@ def _forced(ours: Contender, backend: str) -> Contender:
                 raise AbsentError(str(refusal).splitlines()[0]) from None
 
         def call() -> object:
-            with fastattn.use_backend(backend):
+            with _family(family):
                 return prepared.call()
 
         return Prepared(call, prepared.results)
 
-    return Contender(f"{OURS} {backend}", prepare)
+    return Contender(f"{OURS} {family}", prepare)
 
 
 def write(out: Path, part: str, facts: dict[str, Any], rows: list[Row]) -> None:

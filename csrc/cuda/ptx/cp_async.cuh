@@ -11,8 +11,7 @@ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid = 
 }
 // 4 bytes, both addresses multiples of 4.
 __forceinline__ void cp_async_4(void* shared, const void* global, bool valid = true) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 4 : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 4 : 0)
                : "memory");
 }
 // Closes the group of the copies since the last commit; an empty group counts.
