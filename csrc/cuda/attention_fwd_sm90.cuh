@@ -1,0 +1,442 @@
+// Attention forward for Hopper: o and lse of BLOCK_M queries of one head at a time, by an online softmax over tiles of BLOCK_N
+// keys. Grid: as many blocks as run at once; each walks the list of schedule_sm90.cuh. A block is a producer warpgroup, whose warps
+// 0 and 1 keep the copy engine busy (k and v, q), and BLOCK_M / 64 consumers of 64 rows each, who multiply (wgmma) and take
+// exponentials. Shared memory: Plan::kBytes: q, kStages tiles of k and of v, o where kApart, barriers. Registers of a consumer: s
+// and its packed copy (BLOCK_N / 2 + BLOCK_N / 4), o (HEADDIM_V / 2). Bound by the tensor cores, 2 (headdim + headdim_v) flops per
+// pair, at small headdim also by the exponential unit: docs/design/hopper.md. HGMMA per tile body: HEADDIM / 16 + BLOCK_N / 16.
+// Shah et al., FlashAttention-3, arXiv:2407.08608.
+#pragma once
+#include <attention_sm90_params.h>
+
+#include <ptx/convert.cuh>
+#include <ptx/core.cuh>
+#include <ptx/fence.cuh>
+#include <ptx/mbarrier.cuh>
+#include <ptx/memory.cuh>
+#include <ptx/named_barrier.cuh>
+#include <ptx/registers.cuh>
+#include <ptx/tma.cuh>
+#include <ptx/wgmma.cuh>
+#include <tile/band.cuh>
+#include <tile/epilogue_sm90.cuh>
+#include <tile/lost_sm90.cuh>
+#include <tile/mask_sm90.cuh>
+#include <tile/philox.cuh>
+#include <tile/products_sm90.cuh>
+#include <tile/ring_sm90.cuh>
+#include <tile/schedule_sm90.cuh>
+#include <tile/score.cuh>
+#include <tile/sequence.cuh>
+#include <tile/softmax_sm90.cuh>
+
+// How a specialisation goes about it; results differ in rounding at most.
+constexpr u32 kOverlap = 1;     // the scores of the next tile are under way during this one's softmax
+constexpr u32 kPingPong = 2;    // consumers take turns at the tensor cores
+constexpr u32 kLazy = 4;        // o is rescaled only when a maximum grew by 2^8
+constexpr u32 kPolynomial = 8;  // a quarter of the exponentials on the FMA pipes
+constexpr u32 kDynamic = 16;    // work is handed out by a counter
+constexpr u32 kApart = 32;      // o is staged in its own memory, not in q's, so that the next q can come early
+// What a specialisation can do beyond scale, band, packed sequences and sinks.
+constexpr u32 kGeneral = 1;  // softcap, ALiBi, a bias, or a scale that is not positive: scores are finished before the maximum
+constexpr u32 kMask = 2;
+constexpr u32 kBias = 4;
+constexpr u32 kDropout = 8;
+
+template <int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N, int kStages, u32 kWays, bool kMasked>
+struct Plan {
+  static constexpr int kGroups = BLOCK_M / 64;  // consumer warpgroups
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kBlocks = kGroups == 1 && HEADDIM_V <= 192 ? 2 : 1;  // per multiprocessor
+  static constexpr int kGiven = !kMasked ? 0 : kGroups == 1 ? 16 : 8;       // registers by each consumer, to search the mask
+  static constexpr int kProducerRegisters = (kGroups == 3 ? 32 : 24) + kGroups * kGiven;
+  static constexpr int kConsumerRegisters = (kGroups == 1 ? 232 : kGroups == 2 ? 240 : 160) - kGiven;
+  static constexpr bool kHas(u32 way) { return (kWays & way) != 0; }
+
+  static constexpr int kPanels = (HEADDIM + 63) / 64, kPanelsV = (HEADDIM_V + 63) / 64;
+  static constexpr int kPanelQ = 64 * 128, kPanelK = BLOCK_N * 128;  // bytes
+  static constexpr int kLoadQ = kPanels * kPanelQ, kLoadK = kPanels * kPanelK, kLoadV = kPanelsV * kPanelK;
+  static constexpr int kO = kPanelsV * kPanelQ;                              // of one consumer
+  static constexpr int kQ = kHas(kApart) || kLoadQ > kO ? kLoadQ : kO;       // of one consumer
+  static constexpr int kAtK = kGroups * kQ, kAtV = kAtK + kStages * kLoadK;  // offsets
+  static constexpr int kAtO = kAtV + kStages * kLoadV;
+  static constexpr int kAtBarriers = kAtO + (kHas(kApart) ? kGroups * kO : 0);
+  static constexpr int kBarriers = 4 * kStages + 2 * kGroups + 2 * DynamicSchedule::kSlots;
+  static constexpr int kAtNumbers = kAtBarriers + 8 * kBarriers;  // of work and, with kMask, of tiles
+  static constexpr int kBytes = kAtNumbers + 4 * (DynamicSchedule::kSlots + kStages);
+  static_assert(BLOCK_M % 64 == 0 && kGroups <= 3 && BLOCK_N % 16 == 0 && BLOCK_N <= 256 && HEADDIM % 16 == 0, "");
+  static_assert(kBytes <= 227 * 1024 / kBlocks - 1024 * (kBlocks - 1), "");
+};
+
+// Named barriers: 0 is __syncthreads's.
+constexpr u32 kTurnBarrier = 1;   // + consumer: its turn to multiply
+constexpr u32 kStageBarrier = 4;  // + consumer: among its own threads
+
+// The tiles of keys that a block of queries sees, numbered 0 … count - 1 from key lo on; [whole_first, whole_end) are seen as a
+// whole by the 64 rows from m0 on.
+struct Tiles {
+  int lo, count, whole_first, whole_end;
+};
+template <int BLOCK_M, int BLOCK_N, class Params>
+__forceinline__ Tiles tiles_of(const Params& p, const Sequence& s, int block_m0, int m0) {
+  Range block = key_range<BLOCK_N>(p, s, block_m0, min(block_m0 + BLOCK_M, s.seqlen_q));
+  Range rows = key_range<BLOCK_N>(p, s, m0, min(m0 + 64, s.seqlen_q));
+  Tiles t;
+  t.lo = block.lo;
+  t.count = max(0, (block.hi - block.lo + BLOCK_N - 1) / BLOCK_N);
+  t.whole_end = min(t.count, max(0, rows.whole_hi - t.lo) / BLOCK_N);
+  t.whole_first = min(t.whole_end, (max(0, rows.whole_lo - t.lo) + BLOCK_N - 1) / BLOCK_N);
+  return t;
+}
+
+// k and v of every tile, last tile first, by a warp; k is one tile ahead of v, as consumers ask for them. With kMask, tiles that
+// the mask hides are left out: the slots of k come with the numbers of their tiles, and one without keys, -1, ends the work.
+template <class P, int BLOCK_M, int BLOCK_N, bool kMasked, class Ring, class Next, class Params>
+__forceinline__ void load_keys(const Params& p, u8* memory, Ring keys, Ring values, int* numbers, Next next) {
+  const bool first = threadIdx.x % 32 == 0;
+  auto fill = [&](Ring& ring, const TensorMap& map, u8* slots, int bytes, int n, const Sequence& s) {
+    mbarrier_arrive_expect(&ring.full[ring.slot], bytes);
+    for (int panel = 0; panel < bytes / P::kPanelK; ++panel) {
+      tma_load(slots + ring.slot * bytes + panel * P::kPanelK, map, &ring.full[ring.slot], 64 * panel, s.first_k + n, s.h_k,
+               p.cu_seqlens_q != nullptr ? 0 : s.b);
+    }
+  };
+  for (int i; (i = next()) >= 0;) {
+    Work work = work_of<BLOCK_M>(p, i);
+    Sequence s = sequence_of(p, work.b, work.h);
+    if (work.m0 >= s.seqlen_q) continue;
+    Tiles tiles = tiles_of<BLOCK_M, BLOCK_N>(p, s, work.m0, work.m0);
+    auto fill_keys = [&](int j) {
+      if (first) {
+        keys.await_empty();
+        if constexpr (kMasked) numbers[keys.slot] = j;
+        if (j >= 0) {
+          fill(keys, p.k_map, memory + P::kAtK, P::kLoadK, tiles.lo + j * BLOCK_N, s);
+        } else {
+          mbarrier_arrive(&keys.full[keys.slot]);
+        }
+      }
+      keys.advance();
+    };
+    auto fill_values = [&](int j) {
+      if (first) {
+        values.await_empty();
+        fill(values, p.v_map, memory + P::kAtV, P::kLoadV, tiles.lo + j * BLOCK_N, s);
+      }
+      values.advance();
+    };
+    int before = -1;  // the tile whose k was loaded last
+    for (int j = tiles.count - 1; j >= 0; --j) {
+      if constexpr (kMasked) {
+        int n0 = tiles.lo + j * BLOCK_N;
+        if (!any_allowed(pairs_of<u8>(p.mask, p.mask_stride, s), work.m0, min(work.m0 + BLOCK_M, s.seqlen_q), n0,
+                         min(n0 + BLOCK_N, s.seqlen_k))) {
+          continue;
+        }
+      }
+      fill_keys(j);
+      if (before >= 0) fill_values(before);
+      before = j;
+    }
+    if (kMasked) fill_keys(-1);
+    if (before >= 0) fill_values(before);
+  }
+}
+
+// The 64 queries of each consumer, by one warp.
+template <class P, int BLOCK_M, class Next, class Params>
+__forceinline__ void load_queries(const Params& p, u8* memory, u64* full, u64* empty, Next next) {
+  u32 parity = 1;
+  for (int i; (i = next()) >= 0;) {
+    Work work = work_of<BLOCK_M>(p, i);
+    Sequence s = sequence_of(p, work.b, work.h);
+    if (work.m0 >= s.seqlen_q) continue;
+    if (threadIdx.x % 32 == 0) {
+      for (int group = 0; group < P::kGroups; ++group) {
+        mbarrier_wait(&empty[group], parity);
+        mbarrier_arrive_expect(&full[group], P::kLoadQ);
+        for (int panel = 0; panel < P::kPanels; ++panel) {
+          tma_load(memory + group * P::kQ + panel * P::kPanelQ, p.q_map, &full[group], 64 * panel, s.first_q + work.m0 + 64 * group,
+                   s.h, p.cu_seqlens_q != nullptr ? 0 : s.b);
+        }
+      }
+    }
+    __syncwarp();
+    parity ^= 1;
+  }
+}
+
+// What a tile's scores become before their maximum is taken; rows are this warp's, from m on. seen: with kMask, from load_seen.
+template <class T, u32 kPairs, bool kHidden, int kTiles, class Params>
+__forceinline__ void finish_scores(float (&s)[kTiles][4], const Params& p, const Sequence& sequence, const ScoreRule& rule,
+                                   const Corner& corner, const u32 (&seen)[2]) {
+  if constexpr (kPairs & kGeneral) score_tile(s, rule, sequence, corner);
+  if constexpr (kPairs & kBias) {
+    if (p.bias_float) {
+      add_bias(s, pairs_of<float>(p.bias, p.bias_stride, sequence), corner);
+    } else {
+      add_bias(s, pairs_of<T>(p.bias, p.bias_stride, sequence), corner);
+    }
+  }
+  if constexpr (kPairs & kMask) {
+    hide_unseen(s, seen);
+  } else if constexpr (kHidden) {
+    hide_by_position(s, corner);
+  }
+}
+
+template <int kTiles>
+__forceinline__ void drop(float (&s)[kTiles][4], const Philox& philox, u32 threshold, int m, int n0, u32 head) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    uint4 words = philox_fragment(philox, n0 + 8 * j, m, head);
+    if (words.x < threshold) s[j][0] = 0.0f;
+    if (words.y < threshold) s[j][1] = 0.0f;
+    if (words.z < threshold) s[j][2] = 0.0f;
+    if (words.w < threshold) s[j][3] = 0.0f;
+  }
+}
+
+// One consumer: 64 rows of every piece of work.
+template <class T, class P, int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N, u32 kPairs, class Ring, class Next, class Params>
+__forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values, const int* numbers, u64* q_full, u64* q_empty,
+                             int group, Next next) {
+  constexpr bool kOverlaps = P::kHas(kOverlap), kTurns = P::kHas(kPingPong) && P::kGroups > 1;
+  constexpr bool kRescaleLate = kOverlaps && HEADDIM_V > 128;  // behind the next scores' issue: o is long to walk
+  constexpr bool kMasked = (kPairs & kMask) != 0, kAllHidden = kMasked || (kPairs & kBias) != 0;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
+  const bool leader = threadIdx.x % 128 == 0;
+  u8* q = memory + group * P::kQ;
+  u8* staging = P::kHas(kApart) ? memory + P::kAtO + group * P::kO : q;
+  u32 q_parity = 0;
+
+  auto turn = [&] {
+    if constexpr (kTurns) named_barrier_sync(kTurnBarrier + group, 256);
+  };
+  auto pass_turn = [&] {
+    if constexpr (kTurns) named_barrier_arrive(kTurnBarrier + (group + 1) % P::kGroups, 256);
+  };
+  auto release = [&](Ring& ring) {
+    if (lane == 0) ring.release();
+    ring.advance();
+  };
+
+  for (int i; (i = next()) >= 0;) {
+    const Work work = work_of<BLOCK_M>(p, i);
+    const Sequence sequence = sequence_of(p, work.b, work.h);
+    if (work.m0 >= sequence.seqlen_q) continue;
+    const int m0 = work.m0 + 64 * group, m = m0 + 16 * warp;  // of this group, of this warp
+    const Tiles tiles = tiles_of<BLOCK_M, BLOCK_N>(p, sequence, work.m0, m0);
+    const ScoreRule rule = score_rule(p, sequence);
+    const float factor = kPairs & kGeneral ? 1.0f : rule.scale;
+    const u32 head = work.b * p.nheads + work.h;
+    Philox philox = {};
+    if constexpr (kPairs & kDropout) philox = load_philox(p.philox);
+
+    float s[BLOCK_N / 8][4], o[HEADDIM_V / 8][4];
+    u32 probabilities[BLOCK_N / 4];
+    float top[2], total[2], share[2];
+    start_rows<T>(p, work.h, top, total);
+#pragma unroll
+    for (int j = 0; j < HEADDIM_V / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+
+    auto issue_s = [&] {
+      keys.await_full();
+      turn();
+      wgmma_pin(flat(s));
+      wgmma_fence();
+      issue_scores<T, HEADDIM, BLOCK_N>(s, q, memory + P::kAtK + keys.slot * P::kLoadK);
+      wgmma_commit();
+    };
+    auto issue_o = [&] {
+      values.await_full();
+      wgmma_pin(flat(o));
+      wgmma_pin(probabilities);
+      wgmma_fence();
+      issue_values<T, HEADDIM_V, BLOCK_N>(o, probabilities, memory + P::kAtV + values.slot * P::kLoadV);
+      wgmma_commit();
+    };
+    u32 seen[2];
+    auto look = [&](int j) {  // while the scores are on their way
+      if constexpr (kPairs & kMask) {
+        load_seen<BLOCK_N / 8>(seen, pairs_of<u8>(p.mask, p.mask_stride, sequence),
+                               corner_of(p, sequence, m, tiles.lo + j * BLOCK_N));
+      }
+    };
+    auto soften = [&](auto hidden, int j) {
+      constexpr bool kHidden = decltype(hidden)::value;
+      const int n0 = tiles.lo + j * BLOCK_N;
+      finish_scores<T, kPairs, kHidden>(s, p, sequence, rule, corner_of(p, sequence, m, n0), seen);
+      online_softmax_sm90<kHidden, P::kHas(kLazy), P::kHas(kPolynomial)>(s, top, total, share, factor);
+      if constexpr (kPairs & kDropout) drop(s, philox, p.dropout_threshold, m, n0, head);
+    };
+    auto step = [&](auto hidden, int j) {
+      if constexpr (kOverlaps) {
+        issue_s();
+        if constexpr (kRescaleLate) rescale<P::kHas(kLazy)>(o, share);
+        issue_o();
+        pass_turn();
+        look(j);
+        wgmma_wait<1>();
+        wgmma_pin(flat(s));
+        release(keys);
+        soften(hidden, j);
+        if (!(kPairs & kDropout)) {  // random words need the registers
+          wgmma_pin(flat(s));
+          if (kMasked || j > 0) keys.await_full();  // ahead of its time: keeps exponentials from sinking behind the next wait
+        }
+        wgmma_wait<0>();
+        wgmma_pin(flat(o));
+        wgmma_pin(flat(s));
+        release(values);
+        pack_probabilities<T>(probabilities, s);
+        if constexpr (!kRescaleLate) rescale<P::kHas(kLazy)>(o, share);
+      } else {
+        issue_s();
+        pass_turn();
+        look(j);
+        wgmma_wait<0>();
+        wgmma_pin(flat(s));
+        release(keys);
+        soften(hidden, j);
+        pack_probabilities<T>(probabilities, s);
+        rescale<P::kHas(kLazy)>(o, share);
+        issue_o();
+        wgmma_wait<0>();
+        wgmma_pin(flat(o));
+        release(values);
+      }
+    };
+
+    mbarrier_wait(&q_full[group], q_parity);
+    q_parity ^= 1;
+    auto following = [&](int j) {  // the tile after j, -1 behind the last one
+      if constexpr (!kMasked) return j - 1;
+      keys.await_full();
+      j = numbers[keys.slot];
+      __syncwarp();
+      if (j < 0) release(keys);
+      return j;
+    };
+    int j = following(tiles.count);
+    const bool some = j >= 0;
+    if (kOverlaps && some) {
+      issue_s();
+      pass_turn();
+      look(j);
+      wgmma_wait<0>();
+      wgmma_pin(flat(s));
+      release(keys);
+      soften(Constant<true>{}, j);
+      pack_probabilities<T>(probabilities, s);
+      j = following(j);
+    }
+    for (; j >= (kAllHidden ? 0 : tiles.whole_end); j = following(j)) step(Constant<true>{}, j);
+    if constexpr (!kAllHidden) {
+      for (; j >= tiles.whole_first; --j) step(Constant<false>{}, j);
+      for (; j >= 0; --j) step(Constant<true>{}, j);
+    }
+    if (P::kHas(kApart) && lane == 0) mbarrier_arrive(&q_empty[group]);
+    if (kOverlaps && some) {
+      if constexpr (kRescaleLate) rescale<P::kHas(kLazy)>(o, share);
+      issue_o();
+      wgmma_wait<0>();
+      wgmma_pin(flat(o));
+      release(values);
+    }
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total[r] = row_sum(total[r]);
+      share[r] = total[r] == 0.0f ? 0.0f : 1.0f / total[r];
+      if constexpr (kPairs & kDropout) share[r] *= p.dropout_scale;
+    }
+    if (lane % 4 == 0) {
+      float* lse = p.lse + work.b * p.lse_stride[0] + work.h * p.lse_stride[1] + sequence.first_q;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        int row = m + lane / 4 + 8 * r;
+        if (row < sequence.seqlen_q) lse[row] = log_sum(top[r], total[r]);
+      }
+    }
+    if (leader) bulk_wait_read<0>();
+    named_barrier_sync(kStageBarrier + group, 128);  // the copy engine and the products are done with the staging memory
+    stage_rows<T>(staging, o, share, 16 * warp);
+    if (p.hides) {
+      mend_rows<T, HEADDIM_V>(staging, o, p, sequence, m, 16 * warp, top, total);
+    }
+    fence_async_shared();
+    named_barrier_sync(kStageBarrier + group, 128);
+    const int rows = min(64, sequence.seqlen_q - m0);
+    if (rows == 64 || p.cu_seqlens_q == nullptr) {
+      if (leader && rows > 0) {
+        store_staged<HEADDIM_V>(p.o_map, staging, sequence.first_q + m0, work.h, p.cu_seqlens_q != nullptr ? 0 : work.b);
+      }
+    } else {
+      T* first = row_of<T>(p.o, p.o_stride, work.b, sequence.first_q, work.h, m0);
+      store_ragged<T, HEADDIM_V>(first, p.o_stride[1], staging, rows, p.headdim_v);
+      named_barrier_sync(kStageBarrier + group, 128);
+    }
+    if (!P::kHas(kApart) && leader) {
+      bulk_wait_read<0>();
+      mbarrier_arrive(&q_empty[group]);
+    }
+  }
+  if (leader) bulk_wait_read<0>();
+}
+
+template <class T, int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N, int kStages, u32 kWays, u32 kPairs>
+__global__ void __launch_bounds__(2 * BLOCK_M + 128, BLOCK_M == 64 && HEADDIM_V <= 192 ? 2 : 1)
+    attention_fwd_sm90_kernel(const __grid_constant__ AttentionSm90Params p) {
+  using P = Plan<HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, kStages, kWays, (kPairs & kMask) != 0>;
+  constexpr int kGroups = P::kGroups;
+  u8* memory = shared_memory();
+  u64* barriers = reinterpret_cast<u64*>(memory + P::kAtBarriers);
+  Ring<kStages> keys(barriers), values(barriers + 2 * kStages);
+  u64 *q_full = barriers + 4 * kStages, *q_empty = q_full + kGroups, *work_full = q_empty + kGroups;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if (threadIdx.x == 0) {
+    tma_prefetch_map(p.q_map);
+    tma_prefetch_map(p.k_map);
+    tma_prefetch_map(p.v_map);
+    tma_prefetch_map(p.o_map);
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(&keys.full[i], 1);
+      mbarrier_init(&values.full[i], 1);
+      mbarrier_init(&keys.empty[i], 4 * kGroups);
+      mbarrier_init(&values.empty[i], 4 * kGroups);
+    }
+    for (int i = 0; i < kGroups; ++i) {
+      mbarrier_init(&q_full[i], 1);
+      mbarrier_init(&q_empty[i], P::kHas(kApart) ? 4 : 1);
+    }
+    for (int i = 0; i < DynamicSchedule::kSlots; ++i) {
+      mbarrier_init(&work_full[i], 1);
+      mbarrier_init(&work_full[DynamicSchedule::kSlots + i], 4 * kGroups + 1);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  const int total = p.blocks_m * p.nheads * p.batch;
+  StaticSchedule rounds = {total, 0};
+  int* numbers = reinterpret_cast<int*>(memory + P::kAtNumbers);
+  DynamicSchedule drawn = {total, numbers, work_full, work_full + DynamicSchedule::kSlots, 0, 0};
+  int* tile_numbers = numbers + DynamicSchedule::kSlots;
+  auto next = [&] { return P::kHas(kDynamic) ? drawn.next() : rounds.next(); };
+  if (warp < 4) {
+    registers_lower<P::kProducerRegisters>();
+    if (warp == 0) {
+      load_keys<P, BLOCK_M, BLOCK_N, (kPairs & kMask) != 0>(
+          p, memory, keys, values, tile_numbers, [&] { return P::kHas(kDynamic) ? drawn.draw(p.counter) : rounds.next(); });
+    } else if (warp == 1) {
+      load_queries<P, BLOCK_M>(p, memory, q_full, q_empty, next);
+    }
+  } else {
+    registers_raise<P::kConsumerRegisters>();
+    const int group = warp / 4 - 1;
+    if (P::kHas(kPingPong) && kGroups > 1 && group == kGroups - 1) named_barrier_arrive(kTurnBarrier, 256);
+    consume<T, P, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, kPairs>(p, memory, keys, values, tile_numbers, q_full, q_empty, group,
+                                                                next);
+    if (P::kHas(kPingPong) && kGroups > 1 && group == 0) named_barrier_sync(kTurnBarrier, 256);  // the turn nobody took
+  }
+}

@@ -1,0 +1,271 @@
+"""The Hopper attention backward held to the law: on such a GPU where there is one, else in the emulator.
+
+Any forward pairs with any backward, so the reference's serves here. Blocks are 64 or 128 keys, tiles 64 or 128 queries: lengths
+are such that several blocks of keys add to a tile of dq, rings of two stages wrap, and every kind of tile occurs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import law
+import pytest
+import torch
+
+from fastattn.ops.attention import _cuda, _cuda_bwd_sm90, _reference, attention, reference
+from fastattn.runtime import audit, cuda, jit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if cuda.objections(DEVICE):
+    pytest.skip("; ".join(cuda.objections(DEVICE)), allow_module_level=True)
+if cuda.arch(torch.device(DEVICE)) != 90:
+    pytest.skip("the Hopper backward runs on compute capability 9.0", allow_module_level=True)
+
+KERNEL = "attention_bwd_sm90_kernel"
+NHEADS, NHEADS_K, SEQLEN_Q, SEQLEN_K = 2, 1, 150, 210
+QKV = ("q", "k", "v")
+
+
+@pytest.fixture(autouse=True)
+def reference_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "forward", _reference.forward)
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels that the test launches."""
+    seen: list[str] = []
+    usual = cuda.run
+
+    def run(kernel: cuda.Kernel, *args: Any) -> None:
+        seen.append(str(kernel))
+        usual(kernel, *args)
+
+    monkeypatch.setattr(cuda, "run", run)
+    yield seen
+
+
+def qkv(
+    seqlen_q: int = SEQLEN_Q,
+    seqlen_k: int = SEQLEN_K,
+    headdim: int = 64,
+    headdim_v: int | None = None,
+    *,
+    batch: int = 1,
+    nheads: int = NHEADS,
+    nheads_k: int = NHEADS_K,
+    dtype: torch.dtype = torch.bfloat16,
+    layout: str = "contiguous",
+) -> dict[str, torch.Tensor]:
+    kind: dict[str, Any] = {"dtype": dtype, "layout": layout}
+    sizes = (("q", seqlen_q, nheads, headdim), ("k", seqlen_k, nheads_k, headdim), ("v", seqlen_k, nheads_k, headdim_v))
+    return {
+        name: law.randn(batch, seqlen, heads, width or headdim, **kind, seed=i).to(DEVICE)
+        for i, (name, seqlen, heads, width) in enumerate(sizes)
+    }
+
+
+def on_cuda(*args: Any, **kwargs: Any) -> Any:
+    return attention(*args, backend="cuda", **kwargs)
+
+
+def holds(
+    tensors: dict[str, torch.Tensor],
+    launched: list[str],
+    wants: tuple[str, ...] = QKV,
+    terms: float = 0.0,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """With cotangents for o and lse."""
+    given = {"return_lse": True, **options}
+    found = law.check(on_cuda, reference.attention, tensors, given, wants=wants, terms=terms)
+    assert any(name.startswith(KERNEL) for name in launched), launched
+    return found
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("headdim, headdim_v", [(64, 64), (128, 128), (80, 72), (192, 128), (256, 256)])
+def test_head_dimensions_hold_the_law(headdim, headdim_v, causal, launched):
+    dtype = torch.float16 if headdim == 80 else torch.bfloat16
+    holds(qkv(headdim=headdim, headdim_v=headdim_v, dtype=dtype), launched, causal=causal)
+
+
+LENGTHS = [
+    (1, 1, True),
+    (1, 239, False),
+    (64, 128, False),
+    (65, 1, "upper_left"),
+    (203, 129, True),
+    (30, 400, "upper_left"),
+]
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k, causal", LENGTHS)
+def test_odd_lengths_hold_the_law(seqlen_q, seqlen_k, causal, launched):
+    """Some keys see no query: their gradients are written, as zeros."""
+    holds(qkv(seqlen_q, seqlen_k), launched, causal=causal)
+
+
+def _blocks() -> torch.Tensor:
+    """A block of keys hidden from all, others from some, single pairs, and rows without any key."""
+    mask = torch.rand(1, NHEADS, SEQLEN_Q, SEQLEN_K) < 0.5
+    mask[..., 128:] = False
+    mask[:, 1, :, 96:] = False
+    mask[:, :, 5:9] = False
+    return mask.to(DEVICE)
+
+
+def _padding() -> torch.Tensor:
+    """Whole blocks of keys are hidden, the first one among them."""
+    n = torch.arange(SEQLEN_K)
+    return ((n >= 130) & (n < 190)).expand(1, 1, 1, -1).to(DEVICE)
+
+
+def _bias(*shape: int) -> torch.Tensor:
+    bias = law.randn(*shape, seed=4)
+    return bias.masked_fill(torch.rand(shape) < 0.1, -math.inf).to(DEVICE)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"window": (40, 20)},
+    "wide window": {"window": (150, 20), "causal": True},
+    "negative scale": {"scale": -0.2},
+    "softcap": {"softcap": 5.0},
+    "alibi": {"alibi_slopes": lambda: torch.tensor([[0.4, 0.01]]).to(DEVICE), "causal": True},
+    "mask": {"mask": _blocks},
+    "padding": {"mask": _padding},
+    "padding with softcap": {"mask": _padding, "softcap": 5.0, "window": (100, None)},
+    "bias": {"bias": lambda: _bias(1, NHEADS, SEQLEN_Q, SEQLEN_K)},
+    "dropout": {"dropout_p": 0.3, "causal": True},
+    "everything": {
+        "mask": _blocks, "bias": lambda: _bias(SEQLEN_Q, SEQLEN_K), "alibi_slopes": lambda: torch.rand(NHEADS).to(DEVICE),
+        "softcap": 9.0, "dropout_p": 0.2, "window": (120, 50),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_holds_the_law(option, launched):
+    options = {name: x() if callable(x) else x for name, x in OPTIONS[option].items()}
+    holds(qkv(), launched, **options)
+
+
+def test_sinks_have_a_gradient(launched):
+    tensors = qkv() | {"sinks": torch.tensor([0.5, -1.0]).to(DEVICE)}
+    holds(tensors, launched, (*QKV, "sinks"), terms=1.0, causal="upper_left")
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, NHEADS, 1, SEQLEN_K), (1, NHEADS, SEQLEN_Q, SEQLEN_K)], ids=["broadcast", "full"]
+)
+def test_a_bias_has_a_gradient(shape, launched):
+    tensors = qkv() | {"bias": law.randn(*shape, seed=4).to(DEVICE)}
+    holds(tensors, launched, (*QKV, "bias"), terms=8.0, causal=True)
+
+
+def test_with_a_softcap_the_gradient_of_a_full_bias_is_left_to_the_kernels_for_every_gpu(launched):
+    tensors = qkv(40, 40) | {"bias": law.randn(1, NHEADS, 40, 40, seed=4).to(DEVICE)}
+    law.run(on_cuda, tensors, {"softcap": 5.0}, (*QKV, "bias"), ("o",), 0)
+    assert not any(name.startswith(KERNEL) for name in launched)
+
+
+@pytest.mark.parametrize("headdim", [64, 256])
+def test_packed_sequences_hold_the_law(headdim, launched):
+    """Of odd lengths, without queries, without keys."""
+    tensors = {name: t[0] for name, t in qkv(230, 300, headdim).items()}
+    cu = {
+        "cu_seqlens_q": torch.tensor([0, 70, 70, 81, 230], dtype=torch.int32).to(DEVICE),
+        "cu_seqlens_k": torch.tensor([0, 130, 140, 140, 300], dtype=torch.int32).to(DEVICE),
+    }
+    holds(tensors, launched, causal=True, **cu)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded"])
+def test_layouts_hold_the_law(layout, launched):
+    """What TMA cannot read goes to the kernels for every GPU."""
+    law.check(on_cuda, reference.attention, qkv(70, 130, batch=2, layout=layout), wants=QKV)
+    assert any(name.startswith(KERNEL) for name in launched) == (layout != "expanded")
+
+
+def test_groups_of_heads_and_sequences_hold_the_law(launched):
+    holds(qkv(70, 140, batch=2, nheads=6, nheads_k=2), launched, causal=True)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("headdim", [64, 256])
+def test_what_may_not_be_seen_may_hold_anything(headdim, bad, launched):
+    """A poisoned sequence beside a clean one whose last tiles hold rows of both. What is computed again has other roundings."""
+    tensors = {name: t[0] for name, t in qkv(140, 200, headdim).items()}
+    cu = {
+        name: torch.tensor([0, x, y], dtype=torch.int32).to(DEVICE)
+        for name, x, y in (("cu_seqlens_q", 40, 140), ("cu_seqlens_k", 40, 200))
+    }
+    clean = law.run(on_cuda, tensors, {"causal": True, **cu}, QKV, ("o",), 0)
+    for t in tensors.values():
+        t[40:] = bad
+    found = law.run(on_cuda, tensors, {"causal": True, **cu}, QKV, ("o",), 0)
+    assert torch.equal(found["dq"][:40], clean["dq"][:40])
+    for name in ("dk", "dv"):
+        torch.testing.assert_close(found[name][:40], clean[name][:40], rtol=1e-2, atol=2e-2)
+    assert found["dq"][40:].isnan().all()
+
+
+@pytest.mark.parametrize("what", QKV)
+def test_poison_spoils_what_sees_it_and_no_more(what, launched):
+    """One row of q or of k and v is NaN. Gradients are NaN where plain PyTorch's are."""
+    tensors = qkv(150, 150, dtype=torch.bfloat16)
+    tensors[what][0, 70, 0, 5] = math.nan
+    holds(tensors, launched, causal=True)
+
+
+def test_equal_inputs_give_equal_bits_in_any_order_of_threads(monkeypatch, launched):
+    """Four blocks of keys take turns at each tile of dq."""
+    if DEVICE == "cpu":
+        import emulator
+    tensors, found = qkv(200, 500, nheads=1), []
+    for seed in range(3):
+        if DEVICE == "cpu":
+            monkeypatch.setattr(cuda, "emulator", functools.partial(emulator.run, seed=seed))
+        found.append(law.run(on_cuda, tensors, {"causal": True}, QKV, ("o",), 0))
+    assert all(torch.equal(found[0][f"d{name}"], other[f"d{name}"]) for other in found[1:] for name in QKV)
+
+
+@pytest.mark.parametrize("headdim", [64, 128])
+def test_other_ways_hold_the_law(headdim, launched):
+    """Without turns the sums of dq differ in rounding; the order of the products changes nothing."""
+    tensors = qkv(200, 300, headdim)
+    first, *others = _cuda_bwd_sm90.candidates(headdim, headdim, "plain")
+    usual = holds(tensors, launched, causal=True)
+    for row in others[: 2 if headdim == 64 else 1]:
+        with _cuda_bwd_sm90.tried(row):
+            found = holds(tensors, launched, causal=True)
+        same = QKV if row.ways ^ first.ways == {"ahead"} else ("k", "v")
+        assert all(torch.equal(found[f"d{name}"], usual[f"d{name}"]) for name in same)
+
+
+@pytest.mark.parametrize("row", _cuda_bwd_sm90.ROWS, ids=str)
+def test_every_row_fits_a_multiprocessor(row):
+    assert row.shared <= 227 << 10
+
+
+def test_products_are_those_counted_by_hand():
+    """Of each tile: s and dP over the head, dv and dk over the queries, dq over the keys; the first s and dP and the last of the
+    others stand outside of the loop."""
+    spec = _spec(128)
+    row = _cuda_bwd_sm90.row_of(spec)
+    kernel = _cuda_bwd_sm90.kernel(spec, row)
+    built = audit.audit(kernel, jit.target(kernel, 90))
+    a_tile = (row.headdim + row.headdim_v) // 16 + 2 * row.BLOCK_M // 16 + row.BLOCK_N // 16
+    products = sum(count for name, count in built.opcodes.items() if name.startswith("HGMMA"))
+    assert products == 2 * a_tile
+    assert built.faults(()) == []
+
+
+def _spec(headdim: int) -> Any:
+    from fastattn.ops.attention.spec import check_attention
+
+    q, k, v = qkv(headdim=headdim).values()
+    return check_attention(q, k, v, *(None,) * 8, None, None, False, None, None, 0.0)

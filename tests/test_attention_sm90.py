@@ -1,0 +1,250 @@
+"""The Hopper attention forward held to the law: on such a GPU where there is one, else in the emulator.
+
+Queries make more than one block of 128 or 192 rows, keys several tiles with a ragged last one, so that rings of two stages wrap
+and every kind of tile occurs. What the emulator cannot run late or early enough in one order of threads, other seeds do.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from typing import Any
+
+import law
+import pytest
+import torch
+
+import fastattn
+from fastattn.ops.attention import reference, tuning_sm90
+from fastattn.runtime import audit, cuda, jit
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if cuda.objections(DEVICE):
+    pytest.skip("; ".join(cuda.objections(DEVICE)), allow_module_level=True)
+if cuda.arch(torch.device(DEVICE)) != 90:
+    pytest.skip("the Hopper forward runs on compute capability 9.0", allow_module_level=True)
+
+KERNEL = "attention_fwd_sm90_kernel"
+NHEADS, NHEADS_K, SEQLEN_Q, SEQLEN_K = 2, 1, 140, 300
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that the test launches; a test of the law must have met the Hopper forward."""
+    seen: list[str] = []
+    usual = cuda.run
+
+    def run(kernel: cuda.Kernel, *args: Any) -> None:
+        seen.append(str(kernel))
+        usual(kernel, *args)
+
+    monkeypatch.setattr(cuda, "run", run)
+    return seen
+
+
+def qkv(
+    seqlen_q: int = SEQLEN_Q,
+    seqlen_k: int = SEQLEN_K,
+    headdim: int = 64,
+    headdim_v: int | None = None,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    layout: str = "contiguous",
+) -> dict[str, torch.Tensor]:
+    kind: dict[str, Any] = {"dtype": dtype, "layout": layout}
+    sizes = (("q", seqlen_q, NHEADS, headdim), ("k", seqlen_k, NHEADS_K, headdim), ("v", seqlen_k, NHEADS_K, headdim_v))
+    return {
+        name: law.randn(batch, seqlen, heads, width or headdim, **kind, seed=i).to(DEVICE)
+        for i, (name, seqlen, heads, width) in enumerate(sizes)
+    }
+
+
+def on_cuda(*args: Any, **kwargs: Any) -> Any:
+    return fastattn.attention(*args, backend="cuda", **kwargs)
+
+
+def holds(tensors: dict[str, torch.Tensor], launched: list[str], **options: Any) -> dict[str, torch.Tensor]:
+    found = law.check(on_cuda, reference.attention, tensors, {"return_lse": True, **options})
+    assert any(name.startswith(KERNEL) for name in launched), launched
+    return found
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("headdim, headdim_v", [(128, 128), (80, 72), (192, 128), (256, 256)])
+def test_head_dimensions_hold_the_law(headdim, headdim_v, causal, launched):
+    dtype = torch.float16 if causal else torch.bfloat16
+    holds(qkv(headdim=headdim, headdim_v=headdim_v, dtype=dtype), launched, causal=causal)
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (1, 239), (64, 64), (65, 1), (203, 129), (257, 100)])
+@pytest.mark.parametrize("causal", [False, True, "upper_left"])
+def test_odd_lengths_hold_the_law(seqlen_q, seqlen_k, causal, launched):
+    holds(qkv(seqlen_q, seqlen_k), launched, causal=causal)
+
+
+def _blocks() -> torch.Tensor:
+    """A tile of keys hidden from all, others from some, single pairs, and rows without any key."""
+    mask = torch.rand(1, NHEADS, SEQLEN_Q, SEQLEN_K) < 0.5
+    mask[..., 128:256] = False
+    mask[:, 1, :, 96:] = False
+    mask[:, :, 5:9] = False
+    return mask
+
+
+def _padding() -> torch.Tensor:
+    return torch.arange(SEQLEN_K).expand(1, 1, 1, -1) < 77
+
+
+def _bias(*shape: int) -> torch.Tensor:
+    bias = law.randn(*shape, seed=4)
+    return bias.masked_fill(torch.rand(shape) < 0.1, -math.inf)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"window": (90, 33)},
+    "wide window": {"window": (150, 20), "causal": True},
+    "sinks": {"sinks": torch.tensor([0.5, -math.inf]), "causal": "upper_left"},
+    "softcap": {"softcap": 5.0},
+    "alibi": {"alibi_slopes": torch.tensor([[0.4, 0.01]]), "causal": True},
+    "negative scale": {"scale": -0.2},
+    "zero scale": {"scale": 0.0},
+    "mask": {"mask": _blocks()},
+    "padding": {"mask": _padding(), "causal": True},
+    "mask per query": {"mask": torch.rand(SEQLEN_Q, 1) < 0.7},
+    "bias": {"bias": _bias(1, NHEADS, SEQLEN_Q, SEQLEN_K).bfloat16()},
+    "bias per key": {"bias": _bias(1, 1, 1, SEQLEN_K), "window": (100, 100)},
+    "dropout": {"dropout_p": 0.3, "causal": True},
+    "everything": {
+        "mask": _blocks(), "bias": _bias(SEQLEN_Q, SEQLEN_K), "alibi_slopes": torch.tensor([0.1, 0.3]), "softcap": 9.0,
+        "sinks": torch.tensor([0.2, 1.0]), "window": (120, 60), "dropout_p": 0.2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_hold_the_law(name, launched):
+    options = dict(OPTIONS[name])
+    tensors = qkv()
+    for given in ("alibi_slopes", "bias", "sinks"):
+        if given in options:
+            tensors[given] = options.pop(given).to(DEVICE)
+    if "mask" in options:
+        options["mask"] = options["mask"].to(DEVICE)
+    holds(tensors, launched, **options)
+
+
+def _packed(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (40, 0)}], ids=str)
+def test_packed_sequences_hold_the_law(options, launched):
+    tensors = {name: t[0] for name, t in qkv(70 + 1 + 133, 110 + 5 + 140).items()}
+    cu = {"cu_seqlens_q": _packed(70, 0, 1, 133), "cu_seqlens_k": _packed(110, 5, 0, 140)}
+    holds(tensors, launched, **cu, **options)
+
+
+def row(ways: str, block_m: int = 128, block_n: int = 64, stages: int = 2, headdim: int = 64) -> tuning_sm90.Row:
+    return tuning_sm90.Row(headdim, headdim, "dense", block_m, block_n, stages, frozenset(ways.split()), "under test")
+
+
+ROWS = (
+    row(""),
+    row("lazy pingpong"),
+    row("overlap", stages=1),
+    row("overlap lazy polynomial", block_n=128),
+    row("overlap pingpong dynamic apart", stages=3),
+    row("overlap lazy pingpong apart", block_m=192, block_n=80),
+    row("overlap dynamic", block_m=64),
+)
+
+
+@pytest.mark.parametrize("tried", ROWS, ids=str)
+def test_every_way_holds_the_law_in_any_order_of_threads(tried, launched, monkeypatch):
+    tensors, results = qkv(batch=2, dtype=torch.float16), []
+    for seed in (1, 2, 3):
+        if DEVICE == "cpu":
+            monkeypatch.setattr(cuda, "emulator", functools.partial(_emulate, seed=seed))
+        with tuning_sm90.tried(tried):
+            results.append(holds(tensors, launched, causal=True))
+    assert all(tried.flags in name for name in launched)
+    assert all(torch.equal(found[name], results[0][name]) for found in results for name in found)
+
+
+def _emulate(launch: cuda.Launch, seed: int) -> None:
+    import emulator
+
+    emulator.run(launch, seed=seed)
+
+
+@pytest.mark.parametrize("hidden_by", ["mask", "causal", "length"])
+def test_nan_in_hidden_keys_and_values_does_not_leak(hidden_by, launched):
+    tensors, seen = qkv(SEQLEN_Q, 160), 100
+    tensors["k"][:, seen:], tensors["v"][:, seen:] = math.nan, math.inf
+    options: dict[str, Any] = {"sinks": torch.zeros(NHEADS, device=DEVICE)}
+    if hidden_by == "mask":
+        options["mask"] = (torch.arange(160) < seen).expand(1, 1, SEQLEN_Q, -1).to(DEVICE)
+    elif hidden_by == "causal":
+        options["causal"] = "upper_left"  # queries from `seen` on do see them
+    else:
+        tensors = {name: t[0] for name, t in tensors.items()}
+        options["cu_seqlens_q"], options["cu_seqlens_k"] = _packed(SEQLEN_Q, 0), _packed(seen, 160 - seen)
+    holds(tensors, launched, **options)
+
+
+def test_layouts_that_tma_cannot_read_go_to_the_other_kernel(launched):
+    for layout, hopper in (("transposed", True), ("sliced", False), ("expanded", False)):
+        launched.clear()
+        tensors = qkv(33, 40, batch=2, layout=layout)
+        law.check(on_cuda, reference.attention, tensors, {"return_lse": True})
+        assert (KERNEL in launched[0]) == hopper, (layout, launched)
+
+
+@pytest.mark.parametrize("kind", tuning_sm90.KINDS)
+def test_candidates_begin_with_the_row_in_use_and_fit(kind):
+    for heads in tuning_sm90.HEADS:
+        found = tuning_sm90.candidates(*heads, kind)
+        used = tuning_sm90.find(*heads, kind)
+        assert used.fits() and found[0][:-1] == used[:-1]
+        assert len(set(found)) == len(found) > 10 and all(c.fits() and c.kind == kind for c in found)
+
+
+@functools.cache
+def compiled(tried: tuning_sm90.Row) -> tuple[list[str], str]:
+    """Faults of the causal specialisation of a row, and its instructions."""
+    tensors = [torch.empty(1, 256, 1, tried.headdim, dtype=torch.bfloat16) for _ in range(3)]
+    with cuda.recording(90) as recorded, tuning_sm90.tried(tried):
+        fastattn.attention(*tensors, causal=True, backend="cuda")
+    kernel = recorded.launches[0].kernel
+    built = jit.compile(kernel, "sm_90a")
+    registers, stack, _, text = audit.dump(built.image, "-sass")
+    faults = [built.log] if built.log else []
+    faults += [f"{stack} bytes of stack"] if stack else []
+    return faults + ([f"{registers} registers"] if registers * tried.threads * tried.blocks > 65536 else []), text
+
+
+compiles = pytest.mark.skipif(jit.error() is not None, reason=str(jit.error()))
+OVERLAPPED, PLAIN = row("overlap lazy", 128, 128, headdim=128), row("", 128, 64)
+
+
+@compiles
+@pytest.mark.parametrize("tried, products", [(OVERLAPPED, 4 * (8 + 8)), (PLAIN, 3 * (4 + 4))], ids=str)
+def test_the_compiled_kernel_has_the_products_counted_by_hand(tried, products):
+    """k-steps of 16 of both products, in the loops before, among and behind the whole tiles, and once more around them when
+    the next scores overlap: without its values in front, without its scores behind."""
+    pytest.importorskip("triton")  # its wheel has cuobjdump
+    faults, text = compiled(tried)
+    assert not faults and text.count("HGMMA.64x") == products
+
+
+@compiles
+def test_exponentials_run_while_the_values_are_multiplied():
+    """In each loop: products of the next scores, then of the values, and the exponentials before the wait for the latter."""
+    pytest.importorskip("triton")
+    _, text = compiled(OVERLAPPED)
+    behind_scores = re.split(r"DEPBAR\.LE gsb0, 0x1", text)[1:]
+    between = [part.split("DEPBAR.LE gsb0, 0x0")[0].count("MUFU.EX2") for part in behind_scores]
+    assert len(between) == 3 and min(between) >= 0.9 * 64
