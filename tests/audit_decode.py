@@ -37,7 +37,7 @@ def expected(kernel: cuda.Kernel, arch: int) -> tuple[str, ...]:
         "attention_combine_kernel": ("LDG.E.NA.128.CONSTANT",),
     }
     if kernel.name == "attention_append_kernel" and kernel.constants[2] == "8":
-        return ("LDG.E.128.CONSTANT", "STG.E.128")
+        return ("LDG.E.128.CONSTANT", "STG.E.NA.128")
     return found.get(kernel.name, ())
 
 

@@ -300,19 +300,27 @@ def test_same_bits_in_every_order_of_the_threads(option: str, monkeypatch: pytes
 
 
 def test_explain_prints_the_row_and_the_objections() -> None:
+    def longer(name: str, seqlen: int) -> dict[str, torch.Tensor]:
+        return {name: qkv(1, 1)[name].expand(-1, seqlen, -1, -1)}
+
     found = fastattn.explain(attention, **qkv(), backend="cuda")
     assert found.chosen == "cuda" and "fwd 128x" in str(found)
     for tensors, words in (
         (qkv(3, 3, 59), "headdim a multiple of 8 up to 256, got 59"),
         (qkv(3, 3, 64, 512), "headdim_v a multiple of 8 up to 256, got 512"),
         (qkv(dtype=torch.float32), "dtype bfloat16 or float16, got torch.float32"),
+        (
+            {**qkv(1, 1), **longer("k", 1 << 30), **longer("v", 1 << 30)},
+            "fewer than 1073741824 keys and queries together, got 1073741825",
+        ),
+        ({**qkv(1, 1), **longer("q", 1 << 22)}, "up to 4194240 queries, got 4194304"),
     ):
         assert words in fastattn.explain(attention, **tensors).objections["cuda"]
 
 
 def test_hopper_has_its_own_forward_except_for_what_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_portable", False)
-    with cuda.recording(90) as recorded:
+    with monkeypatch.context() as lifted, cuda.recording(90) as recorded:
+        lifted.setattr(cuda, "_portable", False)
         on_cuda(**qkv())
         on_cuda(**qkv(batch=2, layout="expanded"))
         on_cuda(**qkv(layout="sliced"))

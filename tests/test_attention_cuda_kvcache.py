@@ -285,3 +285,11 @@ def test_explain_names_the_tile() -> None:
 def test_what_is_left_to_triton(dtype: torch.dtype, headdim: int, reason: str) -> None:
     with pytest.raises(fastattn.UnsupportedError, match=reason):
         forced(**case(dtype, headdim=headdim))
+
+
+def test_caches_longer_than_32_bit_positions_are_left_to_others() -> None:
+    """One slot, shown 2^30 times."""
+    tensors = case(BF16, lengths=(5,), capacity=1)
+    tensors.update({name: tensors[name].expand(-1, 1 << 30, -1, -1) for name in ("k_cache", "v_cache")})
+    found = fastattn.explain(attention_kvcache, **tensors)
+    assert found.objections["cuda"] == ("fewer than 1073741824 keys and queries together, got 1073741825",)

@@ -1,55 +1,14 @@
 #pragma once
 #include <attention_decode_params.h>
 
-#include <ptx/convert.cuh>
-#include <ptx/memory.cuh>
+#include <tile/rows.cuh>
 
 constexpr int kAppendThreads = 256;
 
-// kWidth elements from p as floats, by accesses of 16 bytes unless kWidth is 1.
-template <class T, int kWidth>
-__forceinline__ void append_load(float (&x)[kWidth], const T* p) {
-  if constexpr (kWidth == 1) {
-    x[0] = to_float(p[0]);
-  } else if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += 4) {
-      const uint4 bits = load_16(p + i);
-      x[i] = __uint_as_float(bits.x), x[i + 1] = __uint_as_float(bits.y);
-      x[i + 2] = __uint_as_float(bits.z), x[i + 3] = __uint_as_float(bits.w);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += 8) {
-      const uint4 bits = load_16(p + i);
-      const u32 pairs[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 both = unpack<T>(pairs[j]);
-        x[i + 2 * j] = both.x, x[i + 2 * j + 1] = both.y;
-      }
-    }
-  }
-}
-template <class T, int kWidth>
-__forceinline__ void append_store(T* p, const float (&x)[kWidth]) {
-  if constexpr (kWidth == 1) {
-    p[0] = from_float<T>(x[0]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; i += 8) {
-      store_16(p + i, make_uint4(pack<T>(x[i], x[i + 1]), pack<T>(x[i + 2], x[i + 3]), pack<T>(x[i + 4], x[i + 5]),
-                                 pack<T>(x[i + 6], x[i + 7])));
-    }
-  }
-}
+// One pack as it is.
 template <class T, int kWidth>
 __forceinline__ void append_copy(T* y, const T* x) {
-  if constexpr (kWidth == 1) {
-    y[0] = x[0];
-  } else {
-    store_16(y, load_16(x));
-  }
+  store_pack(y, load_pack<T, kWidth>(x));
 }
 
 // kWidth pairs of a head: (a, b) -> (a cos - b sin, b cos + a sin), each product rounded as PyTorch rounds it, so that the
@@ -59,24 +18,20 @@ __forceinline__ void append_rotate(T* y, const T* x, const Table* cos, const Tab
                                    bool known) {
   float c[kWidth], s[kWidth], a[kWidth], b[kWidth];
   if (known) {
-    append_load<Table, kWidth>(c, cos + first);
-    append_load<Table, kWidth>(s, sin + first);
+    to_floats(c, load_pack<Table, kWidth>(cos + first));
+    to_floats(s, load_pack<Table, kWidth>(sin + first));
   } else {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) c[i] = s[i] = __uint_as_float(0x7fc00000u);
   }
   if (interleaved) {
     float pairs[2 * kWidth];
-    if constexpr (kWidth == 1) {
-      pairs[0] = to_float(x[2 * first]), pairs[1] = to_float(x[2 * first + 1]);
-    } else {
-      append_load<T, 2 * kWidth>(pairs, x + 2 * first);
-    }
+    to_floats(pairs, load_pack<T, 2 * kWidth>(x + 2 * first));
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) a[i] = pairs[2 * i], b[i] = pairs[2 * i + 1];
   } else {
-    append_load<T, kWidth>(a, x + first);
-    append_load<T, kWidth>(b, x + half + first);
+    to_floats(a, load_pack<T, kWidth>(x + first));
+    to_floats(b, load_pack<T, kWidth>(x + half + first));
   }
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
@@ -85,17 +40,13 @@ __forceinline__ void append_rotate(T* y, const T* x, const Table* cos, const Tab
     a[i] = turned;
   }
   if (interleaved) {
-    if constexpr (kWidth == 1) {
-      y[2 * first] = from_float<T>(a[0]), y[2 * first + 1] = from_float<T>(b[0]);
-    } else {
-      float pairs[2 * kWidth];
+    float pairs[2 * kWidth];
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) pairs[2 * i] = a[i], pairs[2 * i + 1] = b[i];
-      append_store<T, 2 * kWidth>(y + 2 * first, pairs);
-    }
+    for (int i = 0; i < kWidth; ++i) pairs[2 * i] = a[i], pairs[2 * i + 1] = b[i];
+    store_pack(y + 2 * first, from_floats<T>(pairs));
   } else {
-    append_store<T, kWidth>(y + first, a);
-    append_store<T, kWidth>(y + half + first, b);
+    store_pack(y + first, from_floats<T>(a));
+    store_pack(y + half + first, from_floats<T>(b));
   }
 }
 

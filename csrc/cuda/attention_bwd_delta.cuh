@@ -6,7 +6,9 @@
 #include <ptx/math.cuh>
 #include <ptx/memory.cuh>
 #include <tile/copy.cuh>
+#include <tile/reduce.cuh>
 #include <tile/sequence.cuh>
+#include <tile/sink.cuh>
 #include <tile/softmax.cuh>
 
 // delta = rowsum(dout ∘ o) - dlse and lse · log2 e.
@@ -18,7 +20,7 @@ __global__ void __launch_bounds__(256, 4) attention_bwd_delta_kernel(const __gri
   int b = rest / p.nheads, h = rest % p.nheads;
   int m = static_cast<int>(blockIdx.x) % blocks * 32 + static_cast<int>(threadIdx.x) / 8, part = threadIdx.x % 8;
   bool exists = m < p.seqlen_q;
-  float delta = 0.0f;
+  float delta[1] = {0.0f};
   if (exists) {
     const T* o = row_of<T>(p.o, p.o_stride, b, 0, h, m);
     const T* dout = row_of<T>(p.dout, p.dout_stride, b, 0, h, m);
@@ -29,44 +31,34 @@ __global__ void __launch_bounds__(256, 4) attention_bwd_delta_kernel(const __gri
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float2 u = unpack<T>(x_pair[i]), w = unpack<T>(y_pair[i]);
-        delta = fmaf(u.x, w.x, delta);
-        delta = fmaf(u.y, w.y, delta);
+        delta[0] = fmaf(u.x, w.x, delta[0]);
+        delta[0] = fmaf(u.y, w.y, delta[0]);
       }
     }
   }
-#pragma unroll
-  for (int step = 1; step < 8; step *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+  sum_lanes(delta, 8);
   if (!exists || part != 0) return;
   i64 to = b * p.row_stride[0] + h * p.row_stride[1] + m;
   float lse = p.lse[b * p.lse_stride[0] + h * p.lse_stride[1] + m];
-  if (p.dlse != nullptr) delta -= p.dlse[b * p.dlse_stride[0] + h * p.dlse_stride[1] + m];
+  if (p.dlse != nullptr) delta[0] -= p.dlse[b * p.dlse_stride[0] + h * p.dlse_stride[1] + m];
   p.lse_log2[to] = lse == -infinity() ? infinity() : lse * kLog2e;
-  p.delta[to] = delta;
+  p.delta[to] = delta[0];
 }
 
 // dsinks = - sum of exp(sink - lse) · delta over all queries of one head, in one fixed order.
 // A block: one head of all sequences. A packed call is one sequence here.
-// Grid: nheads. 32 bytes of shared memory. Bound by memory: 8 bytes per query.
+// Grid: nheads. 160 bytes of shared memory. Bound by memory: 8 bytes per query.
 template <class T>
 __global__ void __launch_bounds__(256, 1) attention_bwd_dsinks_kernel(const __grid_constant__ AttentionBwdParams p) {
-  float* sums = reinterpret_cast<float*>(shared_memory());
   int h = blockIdx.x;
-  float sink = kLog2e * (p.sinks_float ? static_cast<const float*>(p.sinks)[h] : to_float(static_cast<const T*>(p.sinks)[h]));
-  float total = 0.0f;
+  float sink = sink_of<T>(p, h), total[1] = {0.0f};
   for (int b = 0; b < p.batch; ++b) {
     i64 first = b * p.row_stride[0] + h * p.row_stride[1];
     for (int m = threadIdx.x; m < p.seqlen_q; m += 256) {
       float lse = p.lse_log2[first + m];
-      if (lse != infinity()) total -= exp2_approx(sink - lse) * p.delta[first + m];
+      if (lse != infinity()) total[0] -= exp2_approx(sink - lse) * p.delta[first + m];
     }
   }
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = total;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  total = sums[0];
-#pragma unroll
-  for (int warp = 1; warp < 8; ++warp) total += sums[warp];
-  p.dsinks[h] = total;
+  sum_block(total, *reinterpret_cast<SumScratch<1>*>(shared_memory()));
+  if (threadIdx.x == 0) p.dsinks[h] = total[0];
 }

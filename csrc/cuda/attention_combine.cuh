@@ -3,8 +3,8 @@
 
 #include <ptx/convert.cuh>
 #include <ptx/math.cuh>
-#include <ptx/memory.cuh>
 #include <tile/reduce.cuh>
+#include <tile/rows.cuh>
 #include <tile/softmax.cuh>
 #include <tile/uniform.cuh>
 
@@ -15,13 +15,6 @@ __forceinline__ float combine_max(float x) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
   return x;
-}
-// Four floats from p where live, else zeros.
-__forceinline__ void combine_load(float (&x)[4], const float* p, bool live) {
-  uint4 bits = make_uint4(0, 0, 0, 0);
-  if (live) bits = load_16_streamed(p);
-  x[0] = __uint_as_float(bits.x), x[1] = __uint_as_float(bits.y);
-  x[2] = __uint_as_float(bits.z), x[3] = __uint_as_float(bits.w);
 }
 
 // o and lse of 8 / warps_per_row rows from their splits: lse = logaddexp, o weighted by 2^lse. Splits are always added in
@@ -67,7 +60,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps) attention_combine_kernel(c
         for (int u = 0; u < kCombineAhead; ++u) {
           share[u] = __shfl_sync(0xffffffffu, weight, i + u);
           const i64 from = (static_cast<i64>(s0 + (i + u) * helpers) * p.rows + row) * p.headdim_v + d;
-          combine_load(x[u], p.part + from, live && inside && share[u] != 0.0f);
+          const bool counts = live && inside && share[u] != 0.0f;
+          to_floats(x[u], counts ? load_pack<float, 4, true>(p.part + from) : splat<float, 4>(0.0f));
         }
 #pragma unroll
         for (int u = 0; u < kCombineAhead; ++u) {

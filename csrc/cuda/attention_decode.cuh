@@ -9,7 +9,9 @@
 #include <tile/decode.cuh>
 #include <tile/lost.cuh>
 #include <tile/product.cuh>
+#include <tile/rows.cuh>
 #include <tile/score.cuh>
+#include <tile/sink.cuh>
 #include <tile/softmax.cuh>
 #include <tile/swizzle.cuh>
 #include <tile/uniform.cuh>
@@ -34,24 +36,6 @@ __forceinline__ void share_of(int split, int tiles, int num_splits, int least, i
   const int each = tiles / used, more = tiles % used;
   begin = min(split, used) * each + min(split, more);
   end = begin + (split < used ? each + (split < more ? 1 : 0) : 0);
-}
-
-// The sink of a head in units of log 2, -inf without sinks.
-template <class T>
-__forceinline__ float sink_of(const AttentionDecodeParams& p, int h) {
-  if (p.sinks == nullptr) return -infinity();
-  return kLog2e * (p.sinks_float ? static_cast<const float*>(p.sinks)[h] : to_float(static_cast<const T*>(p.sinks)[h]));
-}
-
-// Eight columns to a multiple of 16 bytes.
-template <class T>
-__forceinline__ void store_8(T* to, const float (&x)[8]) {
-  if constexpr (sizeof(T) == 4) {
-    store_16(to, make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])));
-    store_16(to + 4, make_uint4(__float_as_uint(x[4]), __float_as_uint(x[5]), __float_as_uint(x[6]), __float_as_uint(x[7])));
-  } else {
-    store_16(to, make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7])));
-  }
 }
 
 // o and lse of 16 kRowWarps rows (queries times the heads of one group, so that keys are read once for all of these) over
@@ -155,7 +139,7 @@ __global__ void __launch_bounds__(32 * kRowWarps * kKeyWarps, kRowWarps* kKeyWar
   for (int i = 0; i < 2; ++i) {
     const int r = row0 + 16 * row_warp + lane / 4 + 8 * i, h = s.h + r % group;
     Sequence of_row = s;
-    of_row.h = min(h, p.nheads - 1);
+    of_row.h = h;
     m[i] = r / group;  // seqlen_q for rows that do not exist, which see nothing
     seen[i] = span_of(p, s, m[i], 0);
     rule[i] = score_rule(p, of_row);
@@ -315,10 +299,10 @@ __global__ void __launch_bounds__(32 * kRowWarps * kKeyWarps, kRowWarps* kKeyWar
     const i64 place = static_cast<i64>(r / group) * p.nheads + r % group;
     if (p.part == nullptr) {
       const i64 o_row = (static_cast<i64>(b) * p.seqlen_q * p.nheads + s.h + place) * p.headdim_v;
-      if (d < p.headdim_v) store_8<T>(static_cast<T*>(p.o) + o_row + d, x);
+      if (d < p.headdim_v) store_pack(static_cast<T*>(p.o) + o_row + d, from_floats<T>(x));
       if (lane == 0) p.lse[(static_cast<i64>(b) * p.nheads + h) * p.seqlen_q + r / group] = log_sum(row_top, row_total);
     } else {
-      if (d < p.headdim_v) store_8<float>(p.part + (part_row + place) * p.headdim_v + d, x);
+      if (d < p.headdim_v) store_pack(p.part + (part_row + place) * p.headdim_v + d, from_floats<float>(x));
       if (lane == 0) p.part_lse[part_row + place] = row_total == 0.0f ? -infinity() : row_top + log2_approx(row_total);
     }
   }

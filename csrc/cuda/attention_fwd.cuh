@@ -8,6 +8,7 @@
 #include <tile/philox.cuh>
 #include <tile/product.cuh>
 #include <tile/score.cuh>
+#include <tile/sink.cuh>
 #include <tile/softmax.cuh>
 
 constexpr int larger(int a, int b) { return a > b ? a : b; }
@@ -101,15 +102,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1) attention_fwd_kernel(const __g
   float top[kTiles][2], total[kTiles][2];
   bool careful = false;  // a second round, where 0 · NaN of a value that a query may not see is 0
   for (;;) {
-    float sink = -infinity();
-    if (p.sinks != nullptr) {
-      sink = kLog2e * (p.sinks_float ? static_cast<const float*>(p.sinks)[sequence.h]
-                                     : to_float(static_cast<const T*>(p.sinks)[sequence.h]));
-    }
+    const float sink = sink_of<T>(p, sequence.h);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {  // a sink is a key without a value
+      for (int r = 0; r < 2; ++r) {  // one lane of the four that share a row counts the sink
         top[i][r] = sink;
         total[i][r] = sink == -infinity() || lane % 4 != 0 ? 0.0f : 1.0f;
       }

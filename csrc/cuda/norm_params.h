@@ -38,7 +38,7 @@ struct NormBwdParams {
   float* dbias;         // [groups of rows, cols]: partial sums; may be null
   u32 rows;             // at least 1
   u32 cols;             // at least 1
-  u32 lanes;            // threads of a block that share a row: a power of two up to 32, or the whole block
+  u32 lanes;            // threads of a block that share a row: a power of two up to 32, or whole warps
   u32 dy_size[2];       // of the second and third dimension
   u32 dsum_size[2];     // likewise
   u32 x_size[2];        // likewise

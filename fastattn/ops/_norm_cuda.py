@@ -16,7 +16,6 @@ from fastattn.ops._norm import Rows, rows_of, vector_gradient
 from fastattn.runtime import cuda
 
 Tensor = torch.Tensor
-_NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FWD, _BWD, _REDUCE = (("norm_params.h", f"Norm{name}Params") for name in ("Fwd", "Bwd", "Reduce"))
 _SHARING = 128  # threads of a block whose warps work on different rows
 _LONG = 512  # kNormLongThreads
@@ -82,7 +81,7 @@ def _forward_plan(
     else:
         cluster = _cluster(packs, 512 * each, 1024 * each, wide and arch >= 90)
         lanes = threads = _warps(packs, each * cluster) if cluster else _LONG
-    names: tuple[str, ...] = (_NAMES[dtype], _NAMES[vector], str(width), str(each))
+    names: tuple[str, ...] = (cuda.TYPES[dtype], cuda.TYPES[vector], str(width), str(each))
     if cluster:
         names = (*names, str(at_once), "true" if cluster > 1 else "false")
         kernel = cuda.kernel("norm_fwd.cuh", "norm_fwd_kernel", names, _FWD, threads, shared, cluster)
@@ -155,7 +154,7 @@ def _backward_plan(
     each = 2 if width > 1 else 8  # packs per thread
     cluster = 1 if packs <= 512 * each else _cluster(packs, 384 * each, 384 * each, width > 1 and arch >= 90)
     shared = 2 * _SCRATCH
-    types, numbers = (_NAMES[dtype], _NAMES[vector]), _flat(*all_rows)
+    types, numbers = (cuda.TYPES[dtype], cuda.TYPES[vector]), _flat(*all_rows)
     if cluster == 0:
         return _long_backward_plan(types, width, cols, rows, numbers, wanted, sms)
     lanes = _power_of_2(-(-packs // each)) if packs <= 32 * each else _warps(packs, each * cluster)
@@ -190,7 +189,7 @@ def _long_backward_plan(
 
 @functools.cache
 def _reduce_kernel(dtype: torch.dtype) -> cuda.Kernel:
-    return cuda.kernel("norm_reduce.cuh", "norm_reduce_kernel", (_NAMES[dtype],), _REDUCE, 512, 2048)
+    return cuda.kernel("norm_reduce.cuh", "norm_reduce_kernel", (cuda.TYPES[dtype],), _REDUCE, 512, 2048)
 
 
 def _aligned(*tensors: Tensor | None) -> bool:

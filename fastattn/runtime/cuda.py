@@ -54,6 +54,10 @@ def kernel(
     return Kernel(file, name, constants, params.layout(*layout), threads, shared, cluster, hopper)
 
 
+# Element types as template arguments.
+TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
 class TensorMap(NamedTuple):
     """What a TMA descriptor says, for a `TensorMap` field of a parameter struct. Everything is listed innermost first, as
     the coordinates of cp.async.bulk.tensor are.

@@ -6,22 +6,27 @@
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import torch
 
 from fastattn.ops.attention import _cuda_sm90, tuning_cuda
-from fastattn.ops.attention._arguments import dropout, edge, pair_strides, slopes_stride, strides
+from fastattn.ops.attention._arguments import (
+    dropout,
+    edges,
+    is_float,
+    pair_strides,
+    rows_aligned,
+    slopes_stride,
+    strides,
+)
 from fastattn.ops.attention._cuda_bwd import backward as backward
 from fastattn.ops.attention._cuda_decode import kvcache as kvcache
 from fastattn.runtime import cuda
 
 Tensor = torch.Tensor
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _LAYOUT = ("attention_params.h", "AttentionParams")
 _BLOCK, _SIGHTS = 48, 1024  # bytes of shared memory behind the tiles; csrc/cuda/attention_fwd.cuh
-_NO_PAIRS = (0, 0, 0, 0)
 _L2 = 24 << 20  # bytes of k and v that blocks running at the same time should share
 _MOST_BLOCKS = 65535  # of a grid's second and third dimension
 
@@ -31,21 +36,10 @@ def _kernel(dtype: torch.dtype, headdim: int, headdim_v: int, tile: tuning_cuda.
     q, kv, o = 2 * rows * headdim, 2 * stages * keys * (headdim + headdim_v), 2 * rows * headdim_v
     shared = max(q, kv if q_in_registers else q + kv, o) + _BLOCK + (0 if kind == "band" else _SIGHTS)
     flags = (q_in_registers, aligned, kind != "band", kind == "dropout")
-    constants = (_TYPES[dtype], rows, keys, headdim, headdim_v, warps, stages, *(str(f).lower() for f in flags))
+    constants = (cuda.TYPES[dtype], rows, keys, headdim, headdim_v, warps, stages, *(str(f).lower() for f in flags))
     return cuda.kernel(
         "attention_fwd.cuh", "attention_fwd_kernel", tuple(map(str, constants)), _LAYOUT, 32 * warps, shared
     )
-
-
-def _aligned(t: Tensor) -> bool:
-    """Does every row start at a multiple of 16 bytes? Elements have two."""
-    strides = t.stride()
-    odd = strides[0] | strides[1] | strides[2] if len(strides) == 4 else strides[0] | strides[1]
-    if odd & 7:  # the stride of a dimension with one entry may be anything
-        odd = functools.reduce(
-            operator.or_, (n for n, size in zip(strides[:-1], t.shape[:-1], strict=True) if size > 1), 0
-        )
-    return not (odd & 7 or t.data_ptr() & 15)
 
 
 def _heads_together(spec: Any) -> int:
@@ -73,13 +67,12 @@ def _plan(spec: Any, arch: int, aligned: bool) -> _Plan:
     tiles_of = "pairs" if kind == "band" and not aligned else kind  # copying by elements needs registers, too
     row = tuning_cuda.find(arch, headdim, headdim_v, tiles_of)
     heads, together = spec.batch * spec.nheads, _heads_together(spec)
-    everything, left, right = spec.seqlen_q + spec.seqlen_k, edge(spec.left, spec), edge(spec.right, spec)
     return _Plan(
         _kernel(spec.dtype, headdim, headdim_v, row.fwd, aligned, kind),
         (together, -(-spec.seqlen_q // row.fwd.BLOCK_M), -(-heads // together) if together else 0),
         (
             spec.batch, spec.nheads, spec.nheads_k, spec.headdim, spec.headdim_v, spec.seqlen_q, spec.seqlen_k,
-            everything if left is None else left, everything if right is None else right, int(spec.upper_left),
+            *edges(spec), int(spec.upper_left),
         ),
         (float(spec.scale), float(spec.softcap or 0.0), *dropout(spec)),
     )  # fmt: skip
@@ -103,14 +96,12 @@ def forward(
     if cuda.hopper(q.device) and _cuda_sm90.takes(spec, q, k, v):
         _cuda_sm90.forward(spec, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, philox)
         return
-    plan = _plan(spec, cuda.arch(q.device), _aligned(q) and _aligned(k) and _aligned(v))
+    plan = _plan(spec, cuda.arch(q.device), rows_aligned(q) and rows_aligned(k) and rows_aligned(v))
     values = (
         q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, philox,
         *strides(q), *strides(k), *strides(v), *strides(o),
         0 if spec.packed else lse.stride(0), lse.stride(-2),
-        *(_NO_PAIRS if mask is None else pair_strides(mask)), *(_NO_PAIRS if bias is None else pair_strides(bias)),
-        0 if alibi_slopes is None else slopes_stride(alibi_slopes),
-        *plan.sizes, int(bias is not None and bias.dtype == torch.float32),
-        int(sinks is not None and sinks.dtype == torch.float32), *plan.scores,
+        *pair_strides(mask), *pair_strides(bias), slopes_stride(alibi_slopes), *plan.sizes, is_float(bias), is_float(sinks),
+        *plan.scores,
     )  # fmt: skip
     cuda.run(plan.kernel, plan.grid, values, q.device)

@@ -8,13 +8,21 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn.ops.attention import _cuda_bwd_sm90, tuning_cuda
-from fastattn.ops.attention._arguments import dropout, edge, pair_strides, slopes_stride, strides
+from fastattn.ops.attention._arguments import (
+    dropout,
+    edges,
+    is_float,
+    pair_strides,
+    rows_aligned,
+    slopes_stride,
+    strides,
+)
 from fastattn.runtime import cuda, gpu
 
 Tensor = torch.Tensor
 _LAYOUT = ("attention_bwd_params.h", "AttentionBwdParams")
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _BLOCK = 80  # bytes of shared memory behind the tiles
+_SUMS = 160  # bytes of SumScratch<1>
 _DBIAS = (64, 32)  # BLOCK_M, BLOCK_N of the kernel for a bias that broadcasts
 
 
@@ -124,7 +132,7 @@ def _kernels(dtype: torch.dtype, headdim: int, headdim_v: int, row: Row, aligned
     d, dv = tuning_cuda.widths(headdim, headdim_v)
 
     def kernel(name: str, file: str, constants: tuple[Any, ...], threads: int, shared: int = 0) -> cuda.Kernel:
-        texts = (_TYPES[dtype], *(str(c).lower() for c in constants))
+        texts = (cuda.TYPES[dtype], *(str(c).lower() for c in constants))
         return cuda.kernel(f"attention_bwd_{file}.cuh", f"attention_bwd_{name}_kernel", texts, _LAYOUT, threads, shared)
 
     block_m, block_n = _DBIAS
@@ -136,7 +144,7 @@ def _kernels(dtype: torch.dtype, headdim: int, headdim_v: int, row: Row, aligned
             "dbias", "dbias", (d, dv, *_DBIAS, aligned), 2 * block_m,
             2 * (d + dv) * (block_m + block_n) + block_m * block_n // 4,
         ),
-        kernel("dsinks", "delta", (), 256, 32),
+        kernel("dsinks", "delta", (), 256, _SUMS),
     )  # fmt: skip
 
 
@@ -144,17 +152,6 @@ def _row_strides(t: Tensor | None) -> tuple[int, int]:
     """Strides of lse over batch and head."""
     s = (0, 0) if t is None else t.stride()
     return (s[0], s[1]) if len(s) == 3 else (0, s[0])
-
-
-def _strides_of_pairs(t: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if t is None else pair_strides(t)
-
-
-def _is_aligned(t: Tensor) -> bool:
-    """Does every row start at a multiple of 16 bytes?"""
-    return t.data_ptr() % 16 == 0 and all(
-        stride % 8 == 0 for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1
-    )
 
 
 def _four_sizes(t: Tensor) -> tuple[int, ...]:
@@ -168,10 +165,6 @@ def _pair_sizes(spec: Any) -> tuple[int, ...]:
 def _sides(t: Tensor | None) -> tuple[int, int]:
     """Does a bias have queries, has it keys?"""
     return (0, 0) if t is None else (int(t.dim() > 1 and t.shape[-2] > 1), int(t.dim() > 0 and t.shape[-1] > 1))
-
-
-def _is_float(t: Tensor | None) -> int:
-    return int(t is not None and t.dtype == torch.float32)
 
 
 def _blocks(rows: int, block: int) -> int:
@@ -201,11 +194,9 @@ def backward(
     dsinks: Tensor | None,
 ) -> None:
     row = row_of(spec, q.device)
-    aligned = all(_is_aligned(t) for t in (q, k, v, o, do))
+    aligned = all(map(rows_aligned, (q, k, v, o, do)))
     kernels = _kernels(spec.dtype, spec.headdim, spec.headdim_v, row, aligned, _pairs(spec))
     lse_log2, delta = lse.new_empty((2, *lse.shape))
-    everything = spec.seqlen_q + spec.seqlen_k
-    left, right = edge(spec.left, spec), edge(spec.right, spec)
 
     def values(batch: int, seqlen_q: int, dbias: Tensor | None) -> tuple[Any, ...]:
         """AttentionBwdParams."""
@@ -213,12 +204,11 @@ def backward(
             q, k, v, o, do, lse, dlse, lse_log2, delta, dq, dk, dv, dbias, dsinks, mask, bias, alibi_slopes, sinks,
             cu_seqlens_q, cu_seqlens_k, philox,
             *strides(q), *strides(k), *strides(v), *strides(o), *strides(do), *strides(dq), *strides(dk), *strides(dv),
-            *_row_strides(lse), *_row_strides(dlse), *_row_strides(delta), *_strides_of_pairs(mask),
-            *_strides_of_pairs(bias), *_strides_of_pairs(dbias),
-            0 if alibi_slopes is None else slopes_stride(alibi_slopes),
+            *_row_strides(lse), *_row_strides(dlse), *_row_strides(delta), *pair_strides(mask),
+            *pair_strides(bias), *pair_strides(dbias), slopes_stride(alibi_slopes),
             batch, spec.nheads, spec.nheads_k, spec.headdim, spec.headdim_v, seqlen_q, spec.seqlen_k,
-            everything if left is None else left, everything if right is None else right, int(spec.upper_left),
-            _is_float(bias), _is_float(sinks), *((1, 1) if dbias is None else _four_sizes(dbias)[:2]), *_sides(bias),
+            *edges(spec), int(spec.upper_left), is_float(bias), is_float(sinks),
+            *((1, 1) if dbias is None else _four_sizes(dbias)[:2]), *_sides(bias),
             float(spec.scale), spec.softcap or 0.0, *dropout(spec),
         )  # fmt: skip
 

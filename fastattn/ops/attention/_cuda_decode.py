@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn.ops.attention._arguments import slopes_stride, strides
+from fastattn.ops.attention._arguments import edges, is_float, slopes_stride, strides
 from fastattn.ops.attention.tuning import FEWEST_KEYS, splits
 from fastattn.runtime import cuda, gpu
 
 Tensor = torch.Tensor
 _HEADER = "attention_decode_params.h"
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "float"}
 _RESERVED = 1 << 10  # bytes of shared memory that the driver keeps per block
 
 
@@ -93,9 +92,9 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(4096)
-def _plan(spec: Any, sinks_float: bool, arch: int, sms: int) -> _Plan:
+def _plan(spec: Any, sinks_float: int, arch: int, sms: int) -> _Plan:
     """All that does not depend on the tensors."""
-    name, tile = _NAMES[spec.dtype], _tile(spec, arch)
+    name, tile = cuda.TYPES[spec.dtype], _tile(spec, arch)
     rows = spec.batch * spec.seqlen_q * spec.nheads
     blocks_m = -(-spec.seqlen_q * (spec.nheads // spec.nheads_k) // (16 * tile.row_warps))
     programs = blocks_m * spec.nheads_k * spec.batch
@@ -112,11 +111,10 @@ def _plan(spec: Any, sinks_float: bool, arch: int, sms: int) -> _Plan:
         "attention_combine.cuh", "attention_combine_kernel", (name,), (_HEADER, "AttentionCombineParams"),
         256, 8 * 4 * spec.headdim_v,
     )  # fmt: skip
-    longest = spec.seqlen_q + spec.seqlen_k
     numbers = (
         spec.nheads, spec.nheads_k, spec.headdim, spec.headdim_v, spec.seqlen_q, spec.seqlen_k, spec.seqlen_new,
-        spec.block_size or 1, blocks_m, rows, num_splits, least, *(longest if side is None else min(side, longest)
-        for side in (spec.left, spec.right)), spec.upper_left, sinks_float, float(spec.scale), spec.softcap or 0.0,
+        spec.block_size or 1, blocks_m, rows, num_splits, least, *edges(spec), spec.upper_left, sinks_float, float(spec.scale),
+        spec.softcap or 0.0,
     )  # fmt: skip
     warps_per_row = next((n for n in (1, 2, 4) if num_splits <= 4 * n), 8)
     return _Plan(
@@ -154,8 +152,7 @@ def kvcache(
     if k is not None and v is not None:
         q = _append(spec, q, k_cache, v_cache, cache_seqlens, k, v, block_table, cos, sin)
     device = q.device
-    sinks_float = sinks is not None and sinks.dtype is torch.float32
-    plan = _plan(spec, sinks_float, cuda.arch(device), cuda.sms(device))
+    plan = _plan(spec, is_float(sinks), cuda.arch(device), cuda.sms(device))
     part = part_lse = None
     if plan.part is not None:
         part, part_lse = lse.new_empty(plan.part), lse.new_empty(plan.part[:2])
@@ -167,7 +164,7 @@ def kvcache(
         (
             q, k_cache, v_cache, o, lse, cache_seqlens, block_table, alibi_slopes, sinks, part, part_lse,
             *steps, 0 if block_table is None else block_table.stride(0),
-            0 if alibi_slopes is None else slopes_stride(alibi_slopes), *plan.numbers, aligned,
+            slopes_stride(alibi_slopes), *plan.numbers, aligned,
         ),
         device,
     )  # fmt: skip
@@ -189,7 +186,7 @@ def _append_plan(spec: Any, table: torch.dtype, aligned: bool) -> _AppendPlan:
     units = spec.nheads_k * (units_k + units_v) + (spec.nheads * units_k if half else 0)
     rows_per_block = max(1, threads // units)
     kernel = cuda.kernel(
-        "attention_append.cuh", "attention_append_kernel", (_NAMES[spec.dtype], _NAMES[table], str(width)),
+        "attention_append.cuh", "attention_append_kernel", (cuda.TYPES[spec.dtype], cuda.TYPES[table], str(width)),
         (_HEADER, "AttentionAppendParams"), threads,
     )  # fmt: skip
     sizes = (

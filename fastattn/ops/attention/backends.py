@@ -47,6 +47,11 @@ def _triton_objections(spec: Any) -> Sequence[str]:
     return reasons
 
 
+def _triton_weights_objections(spec: Any) -> Sequence[str]:
+    """attention_weights reads no v: its spec has headdim in that place."""
+    return _triton_objections(spec._replace(headdim_v=min(spec.headdim_v, _WIDEST_V)))
+
+
 def _cuda_objections(spec: Any) -> Sequence[str]:
     reasons = cuda.objections(spec.device)
     if spec.dtype not in _HALF_DTYPES:
@@ -54,10 +59,10 @@ def _cuda_objections(spec: Any) -> Sequence[str]:
     for name, size in (("headdim", spec.headdim), ("headdim_v", spec.headdim_v)):
         if size > _WIDEST_CUDA or size % 8 != 0:
             reasons.append(f"{name} a multiple of 8 up to {_WIDEST_CUDA}, got {size}")
-    if reasons or isinstance(spec, KVCacheSpec):
-        return reasons
-    if spec.seqlen_q + spec.seqlen_k >= _LONGEST or spec.seqlen_q > _MOST_QUERIES:
-        reasons.append(f"fewer than {_LONGEST} keys and queries together and up to {_MOST_QUERIES} queries")
+    if spec.seqlen_q + spec.seqlen_k >= _LONGEST:
+        reasons.append(f"fewer than {_LONGEST} keys and queries together, got {spec.seqlen_q + spec.seqlen_k}")
+    if spec.seqlen_q > _MOST_QUERIES and not isinstance(spec, KVCacheSpec):
+        reasons.append(f"up to {_MOST_QUERIES} queries, got {spec.seqlen_q}")
     return reasons
 
 
@@ -76,10 +81,10 @@ def _triton_row(spec: Any) -> object:
     return _triton_decode.row_of(spec) if isinstance(spec, KVCacheSpec) else tuning.row_of(spec)
 
 
-_WITHOUT_CUDA = (
-    Backend("triton", "fastattn.ops.attention._triton", _triton_objections, _triton_row),
-    Backend("reference", "fastattn.ops.attention._reference", lambda spec: _NONE),
-)
 _CPU = Backend("cpu", "fastattn.ops.attention._cpu", _cpu_objections)
-BACKENDS = (_CPU, Backend("cuda", "fastattn.ops.attention._cuda", _cuda_objections, _cuda_row), *_WITHOUT_CUDA)
-WEIGHTS = (_CPU, *_WITHOUT_CUDA)  # attention_weights is bound by writing its result: it has no CUDA C++ kernel
+_CUDA = Backend("cuda", "fastattn.ops.attention._cuda", _cuda_objections, _cuda_row)
+_TRITON = Backend("triton", "fastattn.ops.attention._triton", _triton_objections, _triton_row)
+_TRITON_WEIGHTS = Backend("triton", "fastattn.ops.attention._triton", _triton_weights_objections, _triton_row)
+_REFERENCE = Backend("reference", "fastattn.ops.attention._reference", lambda spec: _NONE)
+BACKENDS = (_CPU, _CUDA, _TRITON, _REFERENCE)
+WEIGHTS = (_CPU, _TRITON_WEIGHTS, _REFERENCE)  # bound by writing the result: there is no CUDA C++ kernel

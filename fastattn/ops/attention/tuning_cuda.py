@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn.ops.attention._arguments import SMALLEST_SCALE
-from fastattn.runtime import aot, cuda
+from fastattn.runtime import cuda, gpu
 
 WIDTHS = (32, 64, 96, 128, 192, 256)  # heads are padded with zeros to the next
 
@@ -105,7 +105,7 @@ def kind(spec: Any) -> str:
 
 @functools.cache
 def find(arch: int, headdim: int, headdim_v: int, kind: str) -> Row:
-    limit = aot.shared_limit(arch) >> 10
+    limit = gpu.shared_limit(arch) >> 10
     fits = [r for r in ROWS if (r.headdim, r.headdim_v, r.kind) == (headdim, headdim_v, kind) and r.shared <= limit]
     return max(fits, key=lambda r: r.shared)
 

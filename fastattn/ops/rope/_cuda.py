@@ -9,7 +9,6 @@ import torch
 
 from fastattn.runtime import cuda
 
-_NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 _STRUCT = ("rope_params.h", "RopeParams")
 _THREADS, _HEADS = 128, 4  # kRopeThreads, kRopeHeads
 Ints = Sequence[int]
@@ -62,7 +61,8 @@ def _plan(
         width = 1
     heads, lanes = nheads + nheads_k, min(max(half // width, 1), _THREADS)
     head_lanes = _head_lanes(heads, lanes, rows, sms)
-    kernel = cuda.kernel("rope.cuh", "rope_kernel", (_NAMES[dtype], _NAMES[table_dtype], str(width)), _STRUCT, _THREADS)
+    constants = (cuda.TYPES[dtype], cuda.TYPES[table_dtype], str(width))
+    kernel = cuda.kernel("rope.cuh", "rope_kernel", constants, _STRUCT, _THREADS)
     blocks = -(-rows // (_THREADS // (lanes * head_lanes))) if heads else 0
     strides = (*strides, *_batched((*ids[0], 1), (*ids[1], 1)))
     numbers = (*strides, table_rows, rows, seqlen, nheads, nheads_k, headdim, headdim_k, half, lanes, head_lanes)
