@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention._triton_bwd import _dot_rows, _load_block, _probabilities, _score_gradient
-from fastattn.ops.attention._triton_score import LOG2E, kept, load_pairs
+from fastattn.ops.attention._triton_bwd import _load_block, _probabilities, _score_gradient
+from fastattn.ops.attention._triton_score import LOG2E, dot_rows, kept, load_pairs
 
 
 @triton.jit(
@@ -78,7 +78,10 @@ def attention_bwd_dbias_kernel(
             n = (n0 + j)[None, :]
             q_tile, q2_tile = _load_block(q, q_m, m0, rows, BLOCK_M, D, D2, HEADDIM, True)
             k_tile, k2_tile = _load_block(k, k_n, n0, cols, BLOCK_N, D, D2, HEADDIM, True)
-            s = _dot_rows(q_tile, q2_tile, k_tile, k2_tile, BLOCK_M, BLOCK_N, D2, TF32)
+            s = dot_rows(
+                q_tile, q2_tile, q, q_m, m0, rows, k_tile, k2_tile, k, k_n, n0, cols, BLOCK_M, BLOCK_N, D2, HEADDIM,
+                TF32, True, False,
+            )  # fmt: skip
             bias = load_pairs(
                 bias_ptr + row * bias_b + wide_h * bias_h, bias_m, bias_n, m0, n0, i[:, None], j[None, :], rows, cols,
                 BIAS_ROWS, BIAS_COLS, True,
@@ -101,7 +104,10 @@ def attention_bwd_dbias_kernel(
             )  # fmt: skip
             do_tile, do2_tile = _load_block(do, do_m, m0, rows, BLOCK_M, DV, DV2, HEADDIM_V, True)
             v_tile, v2_tile = _load_block(v, v_n, n0, cols, BLOCK_N, DV, DV2, HEADDIM_V, True)
-            dp = _dot_rows(do_tile, do2_tile, v_tile, v2_tile, BLOCK_M, BLOCK_N, DV2, TF32)
+            dp = dot_rows(
+                do_tile, do2_tile, do, do_m, m0, rows, v_tile, v2_tile, v, v_n, n0, cols, BLOCK_M, BLOCK_N, DV2,
+                HEADDIM_V, TF32, True, False,
+            )  # fmt: skip
             keep = None
             if philox_ptr is not None:
                 keep = kept(philox_ptr, b * nheads + h, m0, n0, threshold, BLOCK_M, BLOCK_N, False)

@@ -16,6 +16,7 @@ from fastattn.ops.attention._triton_score import (
     any_lost,
     band,
     dot,
+    dot_rows,
     dot_seen,
     kept,
     key_range,
@@ -120,15 +121,6 @@ def _load_block(
 
 
 @triton.jit
-def _dot_rows(a, a2, b, b2, M: tl.constexpr, N: tl.constexpr, D2: tl.constexpr, TF32: tl.constexpr):
-    """a bᵀ of two-part rows: [M, N]."""
-    s = dot(a, tl.trans(b), tl.zeros((M, N), tl.float32), TF32)
-    if D2 > 0:
-        s = dot(a2, tl.trans(b2), s, TF32)
-    return s
-
-
-@triton.jit
 def _accumulate(acc, acc2, w, x, x2, seen, D2: tl.constexpr, TF32: tl.constexpr, SAFE: tl.constexpr):
     """acc + w x for both parts."""
     w = w.to(x.dtype)
@@ -145,9 +137,9 @@ def _accumulate(acc, acc2, w, x, x2, seen, D2: tl.constexpr, TF32: tl.constexpr,
 
 @triton.jit
 def _dq_walk(
-    dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, k_ptr, v_ptr, k_n, v_n, mask_ptr, mask_m, mask_n, bias_ptr,
-    bias_m, bias_n, dbias_ptr, dbias_m, slope, philox_ptr, head, m0, first, count, jump_at, jump, seqlen_q, seqlen_k,
-    diagonal, left, right, scale, softcap, threshold, upscale,
+    dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m, mask_ptr,
+    mask_m, mask_n, bias_ptr, bias_m, bias_n, dbias_ptr, dbias_m, slope, philox_ptr, head, m0, first, count, jump_at,
+    jump, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold, upscale,
     MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr, MASKED: tl.constexpr,
@@ -165,7 +157,10 @@ def _dq_walk(
             seen = load_pairs(mask_ptr, mask_m, mask_n, m0, n0, i, j, seqlen_q, seqlen_k, MASK_ROWS, MASK_COLS, True)
             seen = seen != 0
         k_tile, k2_tile = _load_block(k_ptr, k_n, n0, seqlen_k, BLOCK_N, D, D2, HEADDIM, MASKED)
-        s = _dot_rows(q_tile, q2_tile, k_tile, k2_tile, BLOCK_M, BLOCK_N, D2, TF32)
+        s = dot_rows(
+            q_tile, q2_tile, q_ptr, q_m, m0, seqlen_q, k_tile, k2_tile, k_ptr, k_n, n0, seqlen_k, BLOCK_M, BLOCK_N, D2,
+            HEADDIM, TF32, MASKED, SAFE,
+        )  # fmt: skip
         bias = None
         if bias_ptr is not None:
             bias = load_pairs(bias_ptr, bias_m, bias_n, m0, n0, i, j, seqlen_q, seqlen_k, BIAS_ROWS, BIAS_COLS, True)
@@ -174,7 +169,10 @@ def _dq_walk(
             softcap, FOLD, q_tile.dtype == tl.float32, MASKED,
         )  # fmt: skip
         v_tile, v2_tile = _load_block(v_ptr, v_n, n0, seqlen_k, BLOCK_N, DV, DV2, HEADDIM_V, MASKED)
-        dp = _dot_rows(do_tile, do2_tile, v_tile, v2_tile, BLOCK_M, BLOCK_N, DV2, TF32)
+        dp = dot_rows(
+            do_tile, do2_tile, do_ptr, do_m, m0, seqlen_q, v_tile, v2_tile, v_ptr, v_n, n0, seqlen_k, BLOCK_M, BLOCK_N,
+            DV2, HEADDIM_V, TF32, MASKED, SAFE,
+        )  # fmt: skip
         keep = None
         if philox_ptr is not None:
             keep = kept(philox_ptr, head, m0, n0, threshold, BLOCK_M, BLOCK_N, False)
@@ -225,10 +223,11 @@ def _dq_again(
         )
         dq, dq2 = _zeros(LOST_M, D, D2)
         dq, dq2 = _dq_walk(
-            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, k_ptr, v_ptr, k_n, v_n, mask_ptr, mask_m, mask_n,
-            bias_ptr, bias_m, bias_n, None, 0, slope, philox_ptr, head, m, lo, before + whole + after, 0, 0, seqlen_q,
-            seqlen_k, diagonal, left, right, scale, softcap, threshold, upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS,
-            BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, LOST_M, LOST_N, D, D2, DV, DV2, TF32, True, True,
+            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m,
+            mask_ptr, mask_m, mask_n, bias_ptr, bias_m, bias_n, None, 0, slope, philox_ptr, head, m, lo,
+            before + whole + after, 0, 0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
+            upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, LOST_M, LOST_N, D, D2, DV,
+            DV2, TF32, True, True,
         )  # fmt: skip
         _dq_store(dq, dq2, dq_ptr, dq_m, m, seqlen_q, scale, HEADDIM, LOST_M, D, D2)
 
@@ -310,25 +309,26 @@ def attention_bwd_dq_kernel(
         before, whole, after = before + whole + after, 0, 0
     if mask_ptr is not None:
         hidden, before = seen_range(
-            mask_ptr, 0, mask_m, mask_n, m0, lo, 0, BLOCK_N, before, i[:, None], tl.arange(0, BLOCK_N)[None, :], seqlen_q,
-            seqlen_k, 1, MASK_ROWS, MASK_COLS,
+            mask_ptr, 0, mask_m, mask_n, m0, lo, 0, BLOCK_N, before, i[:, None], tl.arange(0, BLOCK_N)[None, :],
+            seqlen_q, seqlen_k, 1, MASK_ROWS, MASK_COLS,
         )  # fmt: skip
         lo += hidden * BLOCK_N
     dq, dq2 = _zeros(BLOCK_M, D, D2)
     if MASKED:
         dq, dq2 = _dq_walk(
-            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, k_ptr, v_ptr, k_n, v_n, mask_ptr, mask_m, mask_n,
-            bias_ptr, bias_m, bias_n, dbias_ptr, dbias_m, slope, philox_ptr, head, m0, lo, before + after, before,
-            whole * BLOCK_N, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold, upscale, MASK_ROWS,
-            MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, True,
-            False,
+            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m,
+            mask_ptr, mask_m, mask_n, bias_ptr, bias_m, bias_n, dbias_ptr, dbias_m, slope, philox_ptr, head, m0, lo,
+            before + after, before, whole * BLOCK_N, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap,
+            threshold, upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N,
+            D, D2, DV, DV2, TF32, True, False,
         )  # fmt: skip
     if WHOLE:
         dq, dq2 = _dq_walk(
-            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, k_ptr, v_ptr, k_n, v_n, None, mask_m, mask_n,
-            None, bias_m, bias_n, None, dbias_m, slope, philox_ptr, head, m0, lo + before * BLOCK_N, whole, 0, 0,
-            seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold, upscale, MASK_ROWS, MASK_COLS,
-            BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, False, False,
+            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m,
+            None, mask_m, mask_n, None, bias_m, bias_n, None, dbias_m, slope, philox_ptr, head, m0,
+            lo + before * BLOCK_N, whole, 0, 0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
+            upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV,
+            DV2, TF32, False, False,
         )  # fmt: skip
     lost = False
     if MASKED:
@@ -348,10 +348,10 @@ def attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkdv_walk(
-    dk, dk2, dv, dv2, k_tile, k2_tile, v_tile, v2_tile, q_ptr, do_ptr, lse_ptr, delta_ptr, q_m, q_h, do_m, do_h,
-    lse_h, mask_ptr, mask_h, mask_m, mask_n, bias_ptr, bias_h, bias_m, bias_n, slopes_ptr, philox_ptr, first_head, n0,
-    first, count, jump_at, jump, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold, upscale,
-    GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr,
+    dk, dk2, dv, dv2, k_tile, k2_tile, v_tile, v2_tile, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, q_m, q_h, k_n,
+    v_n, do_m, do_h, lse_h, mask_ptr, mask_h, mask_m, mask_n, bias_ptr, bias_h, bias_m, bias_n, slopes_ptr, philox_ptr,
+    first_head, n0, first, count, jump_at, jump, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
+    upscale, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr,
     BIAS_COLS: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr,
     MASKED: tl.constexpr, SAFE: tl.constexpr, WANTS_DK: tl.constexpr, WANTS_DV: tl.constexpr,
@@ -385,7 +385,10 @@ def _dkdv_walk(
         else:
             lse = tl.load(lse_ptr + wide * lse_h + m)
             delta = tl.load(delta_ptr + wide * lse_h + m)
-        s = _dot_rows(k_tile, k2_tile, q_tile, q2_tile, BLOCK_N, BLOCK_M, D2, TF32)
+        s = dot_rows(
+            k_tile, k2_tile, k_ptr, k_n, n0, seqlen_k, q_tile, q2_tile, q_ptr + wide * q_h, q_m, m0, seqlen_q, BLOCK_N,
+            BLOCK_M, D2, HEADDIM, TF32, MASKED, SAFE,
+        )  # fmt: skip
         bias = None
         if bias_ptr is not None:
             bias = load_pairs(
@@ -408,7 +411,10 @@ def _dkdv_walk(
         if WANTS_DV:
             dv, dv2 = _accumulate(dv, dv2, weights, do_tile, do2_tile, visible, DV2, TF32, SAFE)
         if WANTS_DK:
-            dp = _dot_rows(v_tile, v2_tile, do_tile, do2_tile, BLOCK_N, BLOCK_M, DV2, TF32)
+            dp = dot_rows(
+                v_tile, v2_tile, v_ptr, v_n, n0, seqlen_k, do_tile, do2_tile, do_ptr + wide * do_h, do_m, m0, seqlen_q,
+                BLOCK_N, BLOCK_M, DV2, HEADDIM_V, TF32, MASKED, SAFE,
+            )  # fmt: skip
             ds = _score_gradient(p, dp, delta[None, :], keep, upscale, visible, MASKED)
             ds = _before_softcap(ds, t, softcap, visible, MASKED)
             dk, dk2 = _accumulate(dk, dk2, ds, q_tile, q2_tile, visible, D2, TF32, SAFE)
@@ -461,11 +467,12 @@ def _dkdv_again(
         dv, dv2 = _zeros(LOST_M, DV, DV2)
         for turn in tl.static_range(2):  # dv, then dk: one accumulator at a time
             dk, dk2, dv, dv2 = _dkdv_walk(
-                dk, dk2, dv, dv2, k_tile, k2_tile, v_tile, v2_tile, q_ptr, do_ptr, lse_ptr, delta_ptr, q_m, q_h, do_m,
-                do_h, lse_h, mask_ptr, mask_h, mask_m, mask_n, bias_ptr, bias_h, bias_m, bias_n, slopes_ptr, philox_ptr,
-                first_head, n, lo, before + whole + after, 0, 0, seqlen_q, seqlen_k, diagonal, left, right, scale,
-                softcap, threshold, upscale, GROUP, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V,
-                FOLD, LOST_N, LOST_M, D, D2, DV, DV2, TF32, True, True, turn == 1, turn == 0,
+                dk, dk2, dv, dv2, k_tile, k2_tile, v_tile, v2_tile, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr,
+                q_m, q_h, k_n, v_n, do_m, do_h, lse_h, mask_ptr, mask_h, mask_m, mask_n, bias_ptr, bias_h, bias_m,
+                bias_n, slopes_ptr, philox_ptr, first_head, n, lo, before + whole + after, 0, 0, seqlen_q, seqlen_k,
+                diagonal, left, right, scale, softcap, threshold, upscale, GROUP, MASK_ROWS, MASK_COLS, BIAS_ROWS,
+                BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, LOST_N, LOST_M, D, D2, DV, DV2, TF32, True, True, turn == 1,
+                turn == 0,
             )  # fmt: skip
             if turn == 0:
                 _dv_store(dv, dv2, dv_ptr, dv_n, n, seqlen_k, upscale, HEADDIM_V, LOST_M, DV, DV2)
@@ -555,19 +562,19 @@ def attention_bwd_dkdv_kernel(
     dv, dv2 = _zeros(BLOCK_N, DV, DV2)
     if MASKED:
         dk, dk2, dv, dv2 = _dkdv_walk(
-            dk, dk2, dv, dv2, k_tile, k2_tile, v_tile, v2_tile, q_ptr, do_ptr, lse_ptr, delta_ptr, q_m, q_h, do_m, do_h,
-            lse_stride, mask_ptr, mask_h, mask_m, mask_n, bias_ptr, bias_h, bias_m, bias_n, slopes_ptr, philox_ptr,
-            head, n0, lo, before + after, before, whole * BLOCK_M, seqlen_q, seqlen_k, diagonal, left, right, scale,
-            softcap, threshold, upscale, GROUP, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD,
-            BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, True, False, True, True,
+            dk, dk2, dv, dv2, k_tile, k2_tile, v_tile, v2_tile, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, q_m,
+            q_h, k_n, v_n, do_m, do_h, lse_stride, mask_ptr, mask_h, mask_m, mask_n, bias_ptr, bias_h, bias_m, bias_n,
+            slopes_ptr, philox_ptr, head, n0, lo, before + after, before, whole * BLOCK_M, seqlen_q, seqlen_k,
+            diagonal, left, right, scale, softcap, threshold, upscale, GROUP, MASK_ROWS, MASK_COLS, BIAS_ROWS,
+            BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, True, False, True, True,
         )  # fmt: skip
     if WHOLE:
         dk, dk2, dv, dv2 = _dkdv_walk(
-            dk, dk2, dv, dv2, k_tile, k2_tile, v_tile, v2_tile, q_ptr, do_ptr, lse_ptr, delta_ptr, q_m, q_h, do_m, do_h,
-            lse_stride, None, mask_h, mask_m, mask_n, None, bias_h, bias_m, bias_n, slopes_ptr, philox_ptr, head, n0,
-            lo + before * BLOCK_M, whole, 0, 0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
-            upscale, GROUP, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D,
-            D2, DV, DV2, TF32, False, False, True, True,
+            dk, dk2, dv, dv2, k_tile, k2_tile, v_tile, v2_tile, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, q_m,
+            q_h, k_n, v_n, do_m, do_h, lse_stride, None, mask_h, mask_m, mask_n, None, bias_h, bias_m, bias_n,
+            slopes_ptr, philox_ptr, head, n0, lo + before * BLOCK_M, whole, 0, 0, seqlen_q, seqlen_k, diagonal, left,
+            right, scale, softcap, threshold, upscale, GROUP, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM,
+            HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, False, False, True, True,
         )  # fmt: skip
     lost = False
     if MASKED:

@@ -13,6 +13,7 @@ from fastattn.ops.attention._triton_score import (
     any_lost,
     band,
     dot,
+    dot_rows,
     dot_seen,
     kept,
     key_range,
@@ -40,8 +41,8 @@ def _start(sink, BLOCK_M: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr):
 
 @triton.jit
 def _tile(
-    acc, acc2, top, total, q_tile, q2_tile, k_ptr, v_ptr, k_n, v_n, seen, bias_ptr, bias_m, bias_n, slope, philox_ptr,
-    head, m0, n0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
+    acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_ptr, v_ptr, q_m, k_n, v_n, seen, bias_ptr, bias_m, bias_n, slope,
+    philox_ptr, head, m0, n0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
     FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr, MASKED: tl.constexpr, SAFE: tl.constexpr,
@@ -50,10 +51,13 @@ def _tile(
     i = tl.arange(0, BLOCK_M)[:, None]
     j = tl.arange(0, BLOCK_N)[None, :]
     k_tile = load_rows(k_ptr, k_n, seqlen_k - n0, BLOCK_N, D, 0, HEADDIM, MASKED)
-    s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), TF32)
+    k2_tile = k_tile
     if D2 > 0:
         k2_tile = load_rows(k_ptr, k_n, seqlen_k - n0, BLOCK_N, D2, D, HEADDIM, MASKED)
-        s = dot(q2_tile, tl.trans(k2_tile), s, TF32)
+    s = dot_rows(
+        q_tile, q2_tile, q_ptr, q_m, m0, seqlen_q, k_tile, k2_tile, k_ptr, k_n, 0, seqlen_k - n0, BLOCK_M, BLOCK_N, D2,
+        HEADDIM, TF32, MASKED, SAFE,
+    )  # fmt: skip
     bias = None
     if bias_ptr is not None:
         bias = load_pairs(bias_ptr, bias_m, bias_n, m0, n0, i, j, seqlen_q, seqlen_k, BIAS_ROWS, BIAS_COLS, MASKED)
@@ -95,9 +99,9 @@ def _tile(
 
 @triton.jit
 def _walk(
-    acc, acc2, top, total, q_tile, q2_tile, k_ptr, v_ptr, k_n, v_n, mask_ptr, mask_m, mask_n, bias_ptr, bias_m, bias_n,
-    slope, philox_ptr, head, m0, first, count, jump_at, jump, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap,
-    threshold,
+    acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_ptr, v_ptr, q_m, k_n, v_n, mask_ptr, mask_m, mask_n, bias_ptr,
+    bias_m, bias_n, slope, philox_ptr, head, m0, first, count, jump_at, jump, seqlen_q, seqlen_k, diagonal, left,
+    right, scale, softcap, threshold,
     MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr, MASKED: tl.constexpr,
@@ -117,9 +121,10 @@ def _walk(
             seen = load_pairs(mask_ptr, mask_m, mask_n, m0, n0, i, j, seqlen_q, seqlen_k, MASK_ROWS, MASK_COLS, True)
             seen = seen != 0
         acc, acc2, top, total = _tile(
-            acc, acc2, top, total, q_tile, q2_tile, k_tile_ptr, v_tile_ptr, k_n, v_n, seen, bias_ptr, bias_m, bias_n,
-            slope, philox_ptr, head, m0, n0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
-            BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, MASKED, SAFE,
+            acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_tile_ptr, v_tile_ptr, q_m, k_n, v_n, seen, bias_ptr,
+            bias_m, bias_n, slope, philox_ptr, head, m0, n0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap,
+            threshold, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, MASKED,
+            SAFE,
         )  # fmt: skip
     return acc, acc2, top, total
 
@@ -173,10 +178,10 @@ def _again(
         )
         acc, acc2, top, total = _start(sink, LOST_M, DV, DV2)
         acc, acc2, top, total = _walk(
-            acc, acc2, top, total, q_tile, q2_tile, k_ptr, v_ptr, k_n, v_n, mask_ptr, mask_m, mask_n, bias_ptr, bias_m,
-            bias_n, slope, philox_ptr, head, m, lo, before + whole + after, 0, 0, seqlen_q, seqlen_k, diagonal, left,
-            right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD,
-            LOST_M, LOST_N, D, D2, DV, DV2, TF32, True, True,
+            acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_ptr, v_ptr, q_m, k_n, v_n, mask_ptr, mask_m, mask_n,
+            bias_ptr, bias_m, bias_n, slope, philox_ptr, head, m, lo, before + whole + after, 0, 0, seqlen_q, seqlen_k,
+            diagonal, left, right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM,
+            HEADDIM_V, FOLD, LOST_M, LOST_N, D, D2, DV, DV2, TF32, True, True,
         )  # fmt: skip
         _finish(acc, acc2, top, total, o_ptr, o_m, lse_ptr, m, seqlen_q, upscale, HEADDIM_V, LOST_M, DV, DV2)
 
@@ -258,17 +263,17 @@ def attention_fwd_kernel(
     acc, acc2, top, total = _start(sink, BLOCK_M, DV, DV2)
     if MASKED:
         acc, acc2, top, total = _walk(
-            acc, acc2, top, total, q_tile, q2_tile, k_ptr, v_ptr, k_n, v_n, mask_ptr, mask_m, mask_n, bias_ptr, bias_m,
-            bias_n, slope, philox_ptr, head, m0, lo, before + after, before, whole * BLOCK_N, seqlen_q, seqlen_k,
-            diagonal, left, right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM,
-            HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, True, False,
+            acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_ptr, v_ptr, q_m, k_n, v_n, mask_ptr, mask_m, mask_n,
+            bias_ptr, bias_m, bias_n, slope, philox_ptr, head, m0, lo, before + after, before, whole * BLOCK_N,
+            seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS,
+            BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, True, False,
         )  # fmt: skip
     if WHOLE:
         acc, acc2, top, total = _walk(
-            acc, acc2, top, total, q_tile, q2_tile, k_ptr, v_ptr, k_n, v_n, None, mask_m, mask_n, bias_ptr, bias_m,
-            bias_n, slope, philox_ptr, head, m0, lo + before * BLOCK_N, whole, 0, 0, seqlen_q, seqlen_k, diagonal,
-            left, right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V,
-            FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, False, False,
+            acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_ptr, v_ptr, q_m, k_n, v_n, None, mask_m, mask_n, bias_ptr,
+            bias_m, bias_n, slope, philox_ptr, head, m0, lo + before * BLOCK_N, whole, 0, 0, seqlen_q, seqlen_k,
+            diagonal, left, right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM,
+            HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, False, False,
         )  # fmt: skip
     lost = False
     if MASKED:

@@ -44,6 +44,50 @@ def load_rows(
 
 
 @triton.jit
+def _load_slice(
+    ptr, stride, first, limit, d0, ROWS: tl.constexpr, SLICE: tl.constexpr, HEADDIM: tl.constexpr, CHECK: tl.constexpr
+):  # fmt: skip
+    """Columns [d0, d0 + SLICE) of ROWS rows from row `first` on, 0 as in load_rows."""
+    row = first + tl.arange(0, ROWS)
+    d = d0 + tl.arange(0, SLICE)
+    cells = ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
+    if (SLICE - 1) & HEADDIM:  # a power of two that does not divide it
+        inside = (d < HEADDIM)[None, :]
+        if CHECK:
+            inside = inside & (row < limit)[:, None]
+        return tl.load(cells, mask=inside, other=0.0)
+    elif CHECK:
+        return tl.load(cells, mask=(row < limit)[:, None], other=0.0)
+    else:
+        return tl.load(cells)
+
+
+@triton.jit
+def dot_rows(
+    a, a2, a_ptr, a_stride, a_first, a_limit, b, b2, b_ptr, b_stride, b_first, b_limit, M: tl.constexpr,
+    N: tl.constexpr, D2: tl.constexpr, HEADDIM: tl.constexpr, TF32: tl.constexpr, CHECK: tl.constexpr,
+    SMALL: tl.constexpr,
+):  # fmt: skip
+    """a bᵀ of two-part rows: [M, N]. CHECK: rows of b may lie beyond b_limit, as rows of a may in any case.
+
+    SMALL: in few registers. Then, and for long rows without tensor cores, where a thread would keep whole rows in
+    registers (for a whole loop those that do not change in it), slices of the rows are read anew through the caches.
+    """
+    s = tl.zeros((M, N), tl.float32)
+    if SMALL or (a.dtype == tl.float32 and not TF32 and (a.shape[1] > 64 or D2 > 0)):
+        SLICE: tl.constexpr = min(a.shape[1], 64)
+        for d0 in tl.range(0, HEADDIM, SLICE, num_stages=1):
+            a_slice = _load_slice(a_ptr, a_stride, a_first, a_limit, d0, M, SLICE, HEADDIM, True)
+            b_slice = _load_slice(b_ptr, b_stride, b_first, b_limit, d0, N, SLICE, HEADDIM, CHECK)
+            s = dot(a_slice, tl.trans(b_slice), s, TF32)
+    else:
+        s = dot(a, tl.trans(b), s, TF32)
+        if D2 > 0:
+            s = dot(a2, tl.trans(b2), s, TF32)
+    return s
+
+
+@triton.jit
 def store_rows(
     ptr, stride, limit, x, ROWS: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, HEADDIM: tl.constexpr
 ):  # fmt: skip
