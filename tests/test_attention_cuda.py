@@ -16,17 +16,19 @@ from typing import Any
 import law
 import pytest
 import torch
+from attention_calls import DEVICE, NHEADS, Calls
 
 import fastattn
 from fastattn.ops.attention import _philox, attention, reference, tuning_cuda
 from fastattn.runtime import cuda, gpu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if cuda.objections(DEVICE):
     pytest.skip("; ".join(cuda.objections(DEVICE)), allow_module_level=True)
 
 HALVES = (torch.bfloat16, torch.float16)
-NHEADS, SEQLEN_Q, SEQLEN_K = 2, 40, 150
+SEQLEN_Q, SEQLEN_K = 40, 150
+CALLS = Calls(SEQLEN_Q, SEQLEN_K, headdim=64, dtype=torch.bfloat16, tile=64, window=(31, 16))
+qkv, OPTIONS, with_options = CALLS.qkv, CALLS.options, CALLS.with_options
 
 
 @pytest.fixture(autouse=True)
@@ -41,71 +43,14 @@ def on_cuda(*args: Any, **kwargs: Any) -> Any:
     return attention(*args, backend="cuda", **kwargs)
 
 
-def qkv(
-    seqlen_q: int = SEQLEN_Q,
-    seqlen_k: int = SEQLEN_K,
-    headdim: int = 64,
-    headdim_v: int | None = None,
-    *,
-    batch: int = 1,
-    nheads: int = NHEADS,
-    nheads_k: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    layout: str = "contiguous",
-) -> dict[str, torch.Tensor]:
-    kind: dict[str, Any] = {"dtype": dtype, "layout": layout}
-    return {
-        "q": law.randn(batch, seqlen_q, nheads, headdim, **kind, seed=1).to(DEVICE),
-        "k": law.randn(batch, seqlen_k, nheads_k, headdim, **kind, seed=2).to(DEVICE),
-        "v": law.randn(batch, seqlen_k, nheads_k, headdim_v or headdim, **kind, seed=3).to(DEVICE),
-    }
-
-
 def holds(tensors: dict[str, torch.Tensor], options: dict[str, Any]) -> Any:
     return law.check(on_cuda, reference.attention, tensors, {"return_lse": True, **options})
-
-
-def _mask() -> torch.Tensor:
-    """Empty rows, an empty tile in the middle, and single pairs."""
-    mask = torch.rand(1, NHEADS, SEQLEN_Q, SEQLEN_K) < 0.5
-    mask[:, :, 4:7] = False
-    mask[:, 0, :, 64:128] = False
-    return mask.to(DEVICE)
-
-
-def _bias() -> torch.Tensor:
-    bias = law.randn(1, NHEADS, SEQLEN_Q, SEQLEN_K, seed=4)
-    return bias.masked_fill(torch.rand(bias.shape) < 0.1, -math.inf).to(DEVICE)
-
-
-OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "causal": ({}, {"causal": True}),
-    "window": ({}, {"window": (31, 16), "causal": "upper_left"}),
-    "scale": ({}, {"scale": -0.4}),
-    "softcap": ({}, {"softcap": 1.5}),
-    "mask": ({}, {"mask": _mask}),
-    "bias": ({"bias": _bias}, {}),
-    "shared_bias": ({"bias": lambda: law.randn(NHEADS, 1, SEQLEN_K, seed=4).to(DEVICE)}, {}),
-    "alibi": ({"alibi_slopes": lambda: torch.rand(1, NHEADS).to(DEVICE)}, {}),
-    "sinks": ({"sinks": lambda: law.randn(NHEADS, seed=5).to(DEVICE)}, {}),
-    "dropout": ({}, {"dropout_p": 0.3}),
-}
-
-
-def with_options(*names: str, **kind: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    tensors: dict[str, torch.Tensor] = qkv(**kind)
-    keywords: dict[str, Any] = {}
-    for name in names:
-        more, settings = OPTIONS[name]
-        tensors.update({n: make() for n, make in more.items()})
-        keywords.update({n: x() if callable(x) else x for n, x in settings.items()})
-    return tensors, keywords
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option(option: str, dtype: torch.dtype) -> None:
-    holds(*with_options(option, dtype=dtype))
+    holds(*with_options(option, dtype=dtype)[:2])
 
 
 _SAME = ({"causal", "window"}, {"bias", "shared_bias"})
@@ -114,7 +59,7 @@ PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if set(pair) not in
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_pair_of_options(pair: tuple[str, str]) -> None:
-    holds(*with_options(*pair, headdim=24, nheads_k=NHEADS))
+    holds(*with_options(*pair, headdim=24, nheads_k=NHEADS)[:2])
 
 
 BANDS: list[dict[str, Any]] = [
@@ -162,7 +107,7 @@ def test_grouped_heads(nheads: int, nheads_k: int) -> None:
 @pytest.mark.parametrize("layout", law.LAYOUTS)
 def test_layout(layout: str, option: str) -> None:
     """`sliced` rows start anywhere."""
-    holds(*with_options(option, layout=layout, batch=2))
+    holds(*with_options(option, layout=layout, batch=2)[:2])
 
 
 _SHAPES = [(150,), (40, 1), (2, 1, 150), (2, 1, 1, 150), (2, 1, 40, 150), (1, 2, 40, 1), (1,) * 4]
@@ -203,7 +148,7 @@ def test_mask_longer_than_what_is_looked_at_in_advance() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_low_precision_bias_and_sinks(dtype: torch.dtype) -> None:
-    tensors, options = with_options("bias", "sinks", dtype=dtype)
+    tensors, options, _ = with_options("bias", "sinks", dtype=dtype)
     tensors["bias"], tensors["sinks"] = tensors["bias"].to(dtype), tensors["sinks"].to(dtype)
     holds(tensors, options)
 
@@ -289,7 +234,7 @@ def test_poison_spoils_what_sees_it(bad: float) -> None:
 @pytest.mark.parametrize("option", ["causal", "mask", "dropout"])
 def test_same_bits_in_every_order_of_the_threads(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd seeds let copies land early, even ones as late as the program allows."""
-    tensors, options = with_options(option)
+    tensors, options, _ = with_options(option)
     run, found = cuda.emulator, []
     for seed in range(4):
         monkeypatch.setattr(cuda, "emulator", functools.partial(run, seed=seed))  # type: ignore[call-arg, arg-type]

@@ -15,17 +15,19 @@ from typing import Any
 import law
 import pytest
 import torch
+from attention_calls import DEVICE, NHEADS, Calls
 
 from fastattn.ops.attention import _cuda, _cuda_bwd, _reference, attention, reference
 from fastattn.runtime import cuda, gpu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMULATED = DEVICE == "cpu"
 if cuda.objections(DEVICE):
     pytest.skip(f"the backend cuda needs {'; '.join(cuda.objections(DEVICE))}", allow_module_level=True)
 DTYPES = (torch.bfloat16, torch.float16)
 QKV = ("q", "k", "v")
-SEQLEN_Q, SEQLEN_K, NHEADS = 70, 85, 2
+SEQLEN_Q, SEQLEN_K = 70, 85
+CALLS = Calls(SEQLEN_Q, SEQLEN_K, headdim=32, dtype=torch.bfloat16, tile=32, window=(11, 6))
+qkv, OPTIONS, with_options = CALLS.qkv, CALLS.options, CALLS.with_options
 
 
 SMALL = {
@@ -53,71 +55,10 @@ def on_cuda(*args: Any, **kwargs: Any) -> Any:
     return attention(*args, backend="cuda", **kwargs)
 
 
-def qkv(
-    seqlen_q: int = SEQLEN_Q,
-    seqlen_k: int = SEQLEN_K,
-    headdim: int = 32,
-    headdim_v: int | None = None,
-    *,
-    batch: int = 1,
-    nheads: int = NHEADS,
-    nheads_k: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    layout: str = "contiguous",
-) -> dict[str, torch.Tensor]:
-    kind: dict[str, Any] = {"dtype": dtype, "layout": layout}
-    return {
-        "q": law.randn(batch, seqlen_q, nheads, headdim, **kind, seed=1).to(DEVICE),
-        "k": law.randn(batch, seqlen_k, nheads_k, headdim, **kind, seed=2).to(DEVICE),
-        "v": law.randn(batch, seqlen_k, nheads_k, headdim_v or headdim, **kind, seed=3).to(DEVICE),
-    }
-
-
 def holds(
     tensors: dict[str, torch.Tensor], options: dict[str, Any], wants: tuple[str, ...] = QKV, terms: float = 0.0
 ) -> Any:
     return law.check(on_cuda, reference.attention, tensors, {"return_lse": True, **options}, wants=wants, terms=terms)
-
-
-def _mask() -> torch.Tensor:
-    """Empty rows, empty tiles, and single pairs."""
-    mask = torch.rand(1, NHEADS, SEQLEN_Q, SEQLEN_K) < 0.5
-    mask[:, :, 4:7] = False
-    mask[:, 0, :, 32:64], mask[:, 1, 32:64, :32] = False, False
-    return mask.to(DEVICE)
-
-
-def _bias() -> torch.Tensor:
-    bias = law.randn(1, NHEADS, SEQLEN_Q, SEQLEN_K, seed=4)
-    return bias.masked_fill(torch.rand(bias.shape) < 0.1, -math.inf).to(DEVICE)
-
-
-def _relative_bias() -> torch.Tensor:
-    return law.randn(NHEADS, 1, SEQLEN_K, seed=4).to(DEVICE)
-
-
-OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "causal": ({}, {"causal": True}),
-    "window": ({}, {"window": (11, 6), "causal": "upper_left"}),
-    "scale": ({}, {"scale": -0.4}),
-    "softcap": ({}, {"softcap": 1.5}),
-    "mask": ({}, {"mask": _mask}),
-    "bias": ({"bias": _bias}, {}),
-    "shared_bias": ({"bias": _relative_bias}, {}),
-    "alibi": ({"alibi_slopes": lambda: torch.rand(1, NHEADS).to(DEVICE)}, {}),
-    "sinks": ({"sinks": lambda: law.randn(NHEADS, seed=5).to(DEVICE)}, {}),
-    "dropout": ({}, {"dropout_p": 0.3}),
-}
-
-
-def with_options(*names: str, **kind: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any], tuple[str, ...]]:
-    tensors: dict[str, torch.Tensor] = qkv(**kind)
-    keywords: dict[str, Any] = {}
-    for name in names:
-        more, settings = OPTIONS[name]
-        tensors.update({n: make() for n, make in more.items()})
-        keywords.update({n: x() if callable(x) else x for n, x in settings.items()})
-    return tensors, keywords, tuple(n for n in tensors if n != "alibi_slopes")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
