@@ -93,16 +93,15 @@ def test_approximations_keep_their_documented_errors() -> None:
     x = torch.cat(
         (torch.randn(3000) * 20, torch.logspace(-37, 37, 3000), torch.tensor([0.0, 1.0, -float("inf"), 1e-42]))
     )
-    out = torch.zeros(len(x), 4)
+    out = torch.zeros(len(x), 3)
     trial("math_kernel", out, x, n=len(x))
     exact = x.double()
     plain = (exact.abs() < 100) & (exact.abs() > 1e-36)
     positive = plain & (exact > 0)
-    power, inverse, root = torch.exp2(exact), 1 / exact, exact.rsqrt()
+    power, inverse = torch.exp2(exact), 1 / exact
     assert float(((out[:, 0] - power) / power)[plain].abs().max()) <= 2**-22
     assert float((out[:, 1] - exact.log2())[positive].abs().max()) <= 2**-22 * float(exact.log2()[positive].abs().max())
     assert float(((out[:, 2] - inverse) / inverse)[plain].abs().max()) <= 2**-23
-    assert float(((out[:, 3] - root) / root)[positive].abs().max()) <= 2**-22
     assert out[-4:, 0].tolist() == [1, 2, 0, 1]  # subnormal arguments are zeros
     assert out[-1, 1] == -float("inf")
     assert out[-4, 1] == -float("inf")

@@ -12,4 +12,3 @@ __forceinline__ float exp2_approx(float x) {
 }
 __forceinline__ float log2_approx(float x) { return __builtin_log2f(emulator::without_subnormals(x)); }
 __forceinline__ float rcp_approx(float x) { return emulator::without_subnormals(1.0f / emulator::without_subnormals(x)); }
-__forceinline__ float rsqrt_approx(float x) { return 1.0f / __builtin_sqrtf(emulator::without_subnormals(x)); }
