@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import fastattn.hf
-from fastattn.hf.law import FACTOR, float64
+from fastattn.benchmarks.law import FACTOR
+from fastattn.hf.law import float64
 
 LIBRARIES = {
     "Python": ("ast", "asyncio", "collections", "csv", "datetime", "email.message", "inspect", "json", "logging", "os",

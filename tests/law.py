@@ -1,8 +1,7 @@
 """The law: against float64, a kernel may err at most twice as much as plain PyTorch does in the same dtype.
 
 `check` runs a function three ways on the same numbers: as it is (got), its reference in the same dtype (plain) and
-its reference in float64 (truth), forward and backward, and compares every output and gradient in the
-maximum and in the mean.
+its reference in float64 (truth), forward and backward, and holds every output and gradient to `fastattn.benchmarks.law`.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from typing import Any
 
 import torch
 
-FACTOR = 2.0
-FEW = 64
+from fastattn.benchmarks.law import judge_tensor
+
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 _KEEP_DTYPE = ("alibi_slopes", "position_ids")  # float64 is not among what they may be
 
@@ -76,60 +75,13 @@ def compare(
     terms: float = 0.0,
 ) -> None:
     """Raise AssertionError, with the worst index and both values, when `got` breaks the law."""
-    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
-    rounded = truth.to(got.dtype)
-    for kind, where in (("nan", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
-        wrong = where(got) != where(rounded)
-        assert not wrong.any(), f"{name}: {kind} in the wrong place at {_describe(wrong, got, truth)}"
-    finite = rounded.isfinite()
-    if not finite.any():
-        return
-    truth = truth.double()
-    error, plain_error = _error(got, truth, finite), _error(plain, truth, finite)
-    size = torch.where(finite, truth, 0).abs()
-    few = truth.numel() < FEW
-    floor = _floor(got.dtype, inputs, few=few, terms=terms)
-    limit = FACTOR * plain_error.max() + floor * max(float(size.max()), terms)
-    worst = f"{name}: error {error.max():.3e} above {limit:.3e} (plain PyTorch {plain_error.max():.3e}) at "
-    assert error.max() <= limit, worst + _describe(error == error.max(), got, truth)
-    rms, plain_rms = _rms(error), _rms(plain_error)
-    limit = FACTOR * plain_rms + floor * (1 if few else 0.5) * max(_rms(size), terms)
-    worst = f"{name}: RMS error {rms:.3e} above {limit:.3e} (plain PyTorch {plain_rms:.3e}), largest at "
-    assert rms <= limit, worst + _describe(error == error.max(), got, truth)
-
-
-def _floor(dtype: torch.dtype, inputs: torch.dtype, *, few: bool, terms: float) -> float:
-    """The relative error that is always allowed: no lucky (even exact) plain result forbids the last bits.
-
-    One unit in the low dtypes, where rounding the result is most of any error; four in fp32, where intermediate
-    results round too. More where terms cancel, and for a handful of numbers such as dsinks: they are long sums of
-    terms that outweigh them, and too few to speak of a maximum. Results that are fp32 though the inputs are not (lse)
-    are not asked for their last bits.
-    """
-    floor = torch.finfo(dtype).eps
-    if dtype == torch.float32:
-        floor *= 64 if terms else 32 if few else 4
-    elif few:
-        floor *= 4
-    return max(floor, torch.finfo(inputs).eps * ((4 if few else 1) if terms else 1 / 16))
+    verdict = judge_tensor(name, got, plain, truth, inputs=inputs, terms=terms)
+    assert verdict.lawful, verdict.reason
 
 
 def _double(name: str, t: torch.Tensor) -> torch.Tensor:
     return t.double() if t.is_floating_point() and name not in _KEEP_DTYPE else t
-
-
-def _error(x: torch.Tensor, truth: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
-    return torch.where(finite, x.double() - truth, 0).abs().nan_to_num(nan=float("inf"))
-
-
-def _rms(x: torch.Tensor) -> float:
-    return float(x.square().mean().sqrt())
-
-
-def _describe(where: torch.Tensor, got: torch.Tensor, truth: torch.Tensor) -> str:
-    index = tuple(int(i) for i in where.nonzero()[0])
-    return f"{list(index)}: got {float(got[index])!r}, truth {float(truth[index])!r} ({int(where.sum())} places)"
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous", seed: int = 0) -> torch.Tensor:

@@ -150,12 +150,16 @@ def test_without_a_canary_every_sample_counts():
 
 
 def test_law_allows_twice_the_plain_error_and_not_more():
-    truth = torch.zeros(4, dtype=torch.float64)
+    truth = torch.zeros(100, dtype=torch.float64)
     truth[0] = 1.0
     plain = truth.float() + 1e-5
     assert law.judge({"o": truth + 1.99e-5}, {"o": plain}, {"o": truth}).lawful
-    verdict = law.judge({"o": truth + 2.1e-5}, {"o": plain}, {"o": truth})
-    assert not verdict.lawful and "error of o" in verdict.reason
+    once = truth.clone()
+    once[7] = 2.1e-5
+    for wrong, reason in ((once, "error of o is 2.100e-05"), (truth + 2.04e-5, "RMS error of o")):
+        verdict = law.judge({"o": wrong}, {"o": plain}, {"o": truth})
+        assert not verdict.lawful and verdict.reason.startswith(reason)
+    assert "[7]: got 2.1e-05, truth 0.0 (1 places)" in law.judge({"o": once}, {"o": plain}, {"o": truth}).reason
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fastattn.benchmarks.law import FACTOR, FEW
+
 Tensor = torch.Tensor
 Results = dict[str, Tensor]  # logits, loss, and "d <parameter>"
-FACTOR = 2.0
-FEW = 64
 
 
 def law(ours: Results, plain: Results, truth: Results) -> tuple[float, str]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastattn.hf.law import FACTOR, float64
+from fastattn.benchmarks.law import FACTOR
+from fastattn.hf.law import float64
 from fastattn.hf.patching import patch, unpatch
 from fastattn.hf.report import Report
 
