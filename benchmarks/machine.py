@@ -124,7 +124,7 @@ class Attainable:
         return self._measure("fma_" + kind, 0, threads, lambda m: m.fma_peak(kind, 0.02, threads))
 
     def copy(self, nbytes: int, threads: int) -> float | None:
-        """GB/s of a non-temporal copy that moves `nbytes` in all, read plus write."""
+        """GB/s of the fastest copy that moves `nbytes` in all, read plus write."""
         source = max(nbytes // 2, 1 << 20)
         return self._measure("copy", source, threads, lambda m: m.copy_bandwidth(source, threads))
 

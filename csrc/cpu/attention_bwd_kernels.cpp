@@ -2,9 +2,10 @@
 // One task per (batch, key head, chunk of keys): K and V are packed once, every query head of the group and every block
 // of queries passes over them, dk and dv accumulate in fp32 in the task's scratch, dq in registers and L1. Five products
 // per tile, S = K q^T, dP = V do^T, dq += K^T dS, dv += P do, dk += dS q, all through gemm.h with lanes over queries
-// (first three) or head columns (last two). The partition depends on shapes only, so results do not depend on the
-// thread count. Scratch: 5 * chunk * headdim floats. Bound: multiply-adds, 10 * headdim FLOPs per visible pair.
-// Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
+// (first three) or head columns (last two). With pairs of bf16 a block of queries is only kM / 2 steps of the last two, which
+// pay for reading and writing dv and dk; so two blocks of queries go through a tile together and share them. The partition depends
+// on shapes only, so results do not depend on the thread count. Scratch: 5 * chunk * headdim floats. Bound: multiply-adds, 10 *
+// headdim FLOPs per visible pair. Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
 #include <new>
 
 #include "attention_scores.h"
@@ -72,6 +73,9 @@ FASTATTN_INLINE float lse_of(const AttentionParams& p, const Head& s, int64_t m)
 
 template <class T, class Cells>
 struct Backward {
+  // Blocks of queries that share the products over queries: as many as make kM steps of them.
+  static constexpr int kBlocks = Cells::kPerCell;
+  static constexpr int64_t kPackedRows = kM / Cells::kPerCell, kPackedRowCells = kBlocks * kPackedRows;
   static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
 
   const AttentionBwdParams& p;
@@ -82,9 +86,13 @@ struct Backward {
   bool modified;
   // Packed keys of the chunk, per tile of kBlockN: cells by rows, K also by groups; and the accumulators.
   float *k_cells, *k_groups, *v_cells, *dk, *dv;
-  uint8_t* k_not_finite;
-  // One block of kM queries.
-  float *q_lanes, *do_lanes, *q_rows, *do_rows, *dq_lanes, *shift, *shift_low, *delta;
+  uint8_t *k_not_finite, *begun;  // per tile; begun: dk and dv hold sums, else nothing yet
+  // Blocks of kM queries.
+  struct Queries {
+    Lanes lanes;
+    float *q_lanes, *do_lanes, *dq_lanes, *shift, *shift_low, *delta;
+  } block[kBlocks];
+  float *q_rows, *do_rows;  // of all blocks, one after the other
   // One tile.
   float *scores, *dp, *p_rows, *ds_rows, *ds_pairs, *keep, *slope;
   PairTiles pairs;
@@ -94,7 +102,7 @@ struct Backward {
 
   template <class Take>
   void layout(Take&& take) {
-    int64_t keys = plan.chunk_keys, packed_rows = kM / Cells::kPerCell;
+    int64_t keys = plan.chunk_keys;
     bool options = p.mask != nullptr || p.bias != nullptr || p.dropout || p.softcap > 0.0f;
     k_cells = take(keys * cells);
     k_groups = take(keys / Cells::kPerCell * groups * kRows);
@@ -102,18 +110,21 @@ struct Backward {
     dk = take(keys * lanes_d);
     dv = take(keys * lanes_v);
     k_not_finite = reinterpret_cast<uint8_t*>(take(keys / kBlockN / 4 + 1));
-    q_lanes = take(cells * kM);
-    do_lanes = take(cells_v * kM);
-    q_rows = take(packed_rows * lanes_d);
-    do_rows = take(packed_rows * lanes_v);
-    dq_lanes = take(groups * kRows * kM);
-    shift = take(kM);
-    shift_low = take(kM);
-    delta = take(kM);
+    begun = reinterpret_cast<uint8_t*>(take(keys / kBlockN / 4 + 1));
+    for (Queries& queries : block) {
+      queries.q_lanes = take(cells * kM);
+      queries.do_lanes = take(cells_v * kM);
+      queries.dq_lanes = take(groups * kRows * kM);
+      queries.shift = take(kM);
+      queries.shift_low = take(kM);
+      queries.delta = take(kM);
+    }
+    q_rows = take(kBlocks * kPackedRows * lanes_d);
+    do_rows = take(kBlocks * kPackedRows * lanes_v);
     scores = take(kBlockN * kM);
     dp = take(kBlockN * kM);
-    p_rows = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : scores;
-    ds_rows = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : dp;
+    p_rows = Cells::kPerCell == 2 ? take(kBlockN * kPackedRowCells) : scores;
+    ds_rows = Cells::kPerCell == 2 ? take(kBlockN * kPackedRowCells) : dp;
     ds_pairs = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : dp;
     pairs.mask = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
     pairs.bias = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
@@ -158,16 +169,23 @@ struct Backward {
     Head s = head_of(p, b, hk * group_size);
     int64_t begin = chunk * plan.chunk_keys, keys = max64(0, min64(plan.chunk_keys, s.sk - begin));
     pack_keys(s, begin, keys);
-    __builtin_memset(dk, 0, keys * lanes_d * sizeof(float));
-    __builtin_memset(dv, 0, keys * lanes_v * sizeof(float));
+    __builtin_memset(begun, 0, keys / kBlockN + 1);
     for (int64_t g = 0; g < group_size; ++g) {
       s = head_of(p, b, hk * group_size + g);
-      for (int64_t m0 = 0; m0 < s.sq; m0 += kM) {
-        look_ahead(s, m0 + kM, g + 1 < group_size, next, keys);
-        query_block(s, m0, begin, keys, chunk);
+      for (int64_t m0 = 0; m0 < s.sq; m0 += kBlocks * kM) {
+        look_ahead(s, m0 + kBlocks * kM, g + 1 < group_size, next, keys);
+        query_blocks(s, m0, begin, keys, chunk);
       }
     }
+    for (int64_t t = 0; t * kBlockN < keys; ++t)
+      if (!begun[t]) clear_tile(t, keys);
     store_keys(s, begin, keys);
+  }
+
+  void clear_tile(int64_t t, int64_t keys) {
+    int64_t first = t * kBlockN, rows = round_up(min64(kBlockN, keys - first), kRows);
+    __builtin_memset(dk + first * lanes_d, 0, rows * lanes_d * sizeof(float));
+    __builtin_memset(dv + first * lanes_v, 0, rows * lanes_v * sizeof(float));
   }
 
   void look_ahead(const Head& now, int64_t m, bool more_heads, const Task* next, int64_t keys) {
@@ -186,12 +204,12 @@ struct Backward {
         return;
       }
     }
-    int64_t rows = min64(kM, s.sq - m), row = s.q_start + m;
+    int64_t rows = min64(kBlocks * kM, s.sq - m), row = s.q_start + m;
     coming[0] = ahead(q_row<T>(p, s, m), p.q_stride[1], p.headdim, rows);
     coming[1] = ahead(out_row<T>(const_cast<void*>(p.dout), p.do_stride, s.b, row, s.h), p.do_stride[1], p.headdim_v, rows);
     coming[2] = ahead(out_row<T>(p.o, p.o_stride, s.b, row, s.h), p.o_stride[1], p.headdim_v, rows);
-    int64_t steps = 4 * max64(1, keys / kBlockN);
-    step_rows = (max64(kM, coming[3].rows) + steps - 1) / steps;
+    int64_t steps = (2 * kBlocks + 2) * max64(1, keys / kBlockN);
+    step_rows = (max64(kBlocks * kM, coming[3].rows) + steps - 1) / steps;
   }
   void fetch() {
     for (auto& c : coming) c.fetch(step_rows);
@@ -238,45 +256,51 @@ struct Backward {
     if (d < cols) store_n(to + d, load(from + d) * splat(factor), cols - d);
   }
 
-  void query_block(const Head& s, int64_t m0, int64_t begin, int64_t keys, int64_t chunk) {
-    Lanes lanes;
-    make_lanes(p, s, m0, lanes);
-    int64_t first = max64(begin, lanes.begin), last = min64(begin + keys, lanes.end);
-    __builtin_memset(dq_lanes, 0, groups * kRows * kM * sizeof(float));
-    if (first < last) {
-      pack_queries(s, lanes);
-      for (int64_t t = (first - begin) / kBlockN; begin + t * kBlockN < last; ++t) tile(s, lanes, begin, keys, t);
+  void query_blocks(const Head& s, int64_t m0, int64_t begin, int64_t keys, int64_t chunk) {
+    int64_t first = begin + keys, last = begin;
+    int count = 0;
+    for (; count < kBlocks && m0 + count * kM < s.sq; ++count) {
+      Lanes& lanes = block[count].lanes;
+      make_lanes(p, s, m0 + count * kM, lanes);
+      __builtin_memset(block[count].dq_lanes, 0, groups * kRows * kM * sizeof(float));
+      if (max64(begin, lanes.begin) >= min64(begin + keys, lanes.end)) continue;
+      first = min64(first, max64(begin, lanes.begin));
+      last = max64(last, min64(begin + keys, lanes.end));
+      pack_queries(s, count);
     }
-    store_queries(s, lanes, chunk);
+    for (int64_t t = (first - begin) / kBlockN; begin + t * kBlockN < last; ++t) tile(s, count, begin, keys, t);
+    for (int i = 0; i < count; ++i) store_queries(s, block[i], chunk);
   }
 
-  void pack_queries(const Head& s, const Lanes& lanes) {
+  void pack_queries(const Head& s, int index) {
+    Queries& b = block[index];
+    const Lanes& lanes = b.lanes;
     const T* q = q_row<T>(p, s, lanes.m0);
     const T* dout = out_row<T>(const_cast<void*>(p.dout), p.do_stride, s.b, s.q_start + lanes.m0, s.h);
-    rows_to_lanes<Cells>(q, p.q_stride[1], lanes.rows, p.headdim, q_lanes);
-    rows_to_lanes<Cells>(dout, p.do_stride[1], lanes.rows, p.headdim_v, do_lanes);
+    rows_to_lanes<Cells>(q, p.q_stride[1], lanes.rows, p.headdim, b.q_lanes);
+    rows_to_lanes<Cells>(dout, p.do_stride[1], lanes.rows, p.headdim_v, b.do_lanes);
     for (int64_t i = 0; i < kM; ++i) {
       bool there = i < lanes.rows;
       float lse = there ? lse_of(p, s, lanes.m0 + i) : -kInfinity;
       // An empty row, or a lane without a query: exp2(score - inf) = 0 whatever the score.
       double exact = -1.4426950408889634 * lse;
-      shift[i] = lse == -kInfinity ? -kInfinity : static_cast<float>(exact);
+      b.shift[i] = lse == -kInfinity ? -kInfinity : static_cast<float>(exact);
       // What the rounding of the shift leaves: without it every P of a row would be off by the same 1e-7.
-      shift_low[i] = lse == -kInfinity ? 0.0f : static_cast<float>(exact - shift[i]);
-      delta[i] = there ? delta_of<T>(p, s, lanes.m0 + i) : 0.0f;
+      b.shift_low[i] = lse == -kInfinity ? 0.0f : static_cast<float>(exact - b.shift[i]);
+      b.delta[i] = there ? delta_of<T>(p, s, lanes.m0 + i) : 0.0f;
     }
-    pack_rows(lanes, q, p.q_stride[1], p.headdim, lanes_d, true, q_rows);
-    pack_rows(lanes, dout, p.do_stride[1], p.headdim_v, lanes_v, false, do_rows);
+    pack_rows(b, q, p.q_stride[1], p.headdim, lanes_d, true, q_rows + index * kPackedRows * lanes_d);
+    pack_rows(b, dout, p.do_stride[1], p.headdim_v, lanes_v, false, do_rows + index * kPackedRows * lanes_v);
   }
   // Rows as the B operand of the last two products: [kM / kPerCell][ld] cells, zeros past the rows and columns. A row that
   // sees nothing counts as zeros whatever it holds (its P and dS are 0). So does a q row that holds inf or NaN: where it
   // sees a key, its dS is NaN already.
-  void pack_rows(const Lanes& lanes, const T* from, int64_t stride, int64_t cols, int64_t ld, bool only_finite, float* to) {
+  void pack_rows(const Queries& b, const T* from, int64_t stride, int64_t cols, int64_t ld, bool only_finite, float* to) {
     constexpr int64_t kPer = Cells::kPerCell;
     for (int64_t m = 0; m < kM; m += kPer, to += ld) {
       const T* row[2] = {nullptr, nullptr};
-      for (int64_t i = 0; i < kPer && m + i < lanes.rows; ++i)
-        if (shift[m + i] != -kInfinity && (!only_finite || is_finite(from + (m + i) * stride, cols)))
+      for (int64_t i = 0; i < kPer && m + i < b.lanes.rows; ++i)
+        if (b.shift[m + i] != -kInfinity && (!only_finite || is_finite(from + (m + i) * stride, cols)))
           row[i] = from + (m + i) * stride;
       for (int64_t d = 0; d < ld; d += VL) {
         vi x = splat_i(0);
@@ -293,89 +317,153 @@ struct Backward {
     return !any(bad);
   }
 
-  void store_queries(const Head& s, const Lanes& lanes, int64_t chunk) {
+  void store_queries(const Head& s, const Queries& b, int64_t chunk) {
+    const Lanes& lanes = b.lanes;
     float factor[kM];
     for (int i = 0; i < kM; ++i) factor[i] = p.scale;
     if (dq_partial != nullptr) {
       float* to = dq_partial + ((chunk * p.nheads + s.h) * query_rows(p) + query_row(p, s, lanes.m0)) * p.headdim;
-      lanes_to_rows(dq_lanes, factor, lanes.rows, p.headdim, to, p.headdim);
+      lanes_to_rows(b.dq_lanes, factor, lanes.rows, p.headdim, to, p.headdim);
     } else {
       T* to = out_row<T>(p.dq, p.dq_stride, s.b, s.q_start + lanes.m0, s.h);
-      lanes_to_rows(dq_lanes, factor, lanes.rows, p.headdim, to, p.dq_stride[1]);
+      lanes_to_rows(b.dq_lanes, factor, lanes.rows, p.headdim, to, p.dq_stride[1]);
     }
   }
 
-  void tile(const Head& s, const Lanes& lanes, int64_t begin, int64_t keys, int64_t t) {
+  // Rows of the chunk that a block of queries sees in a tile; none when count is 0.
+  struct Seen {
+    int64_t at, count;
+  };
+
+  void tile(const Head& s, int blocks, int64_t begin, int64_t keys, int64_t t) {
+    Seen seen[kBlocks];
+    for (int i = 0; i < blocks; ++i) seen[i] = tile_of_block(s, i, begin, keys, t);
+    if (blocks > 1 && seen[0].at == seen[kBlocks - 1].at && seen[0].count == seen[kBlocks - 1].count)
+      return add_to_keys(0, kBlocks, seen[0], keys, t);
+    for (int i = 0; i < blocks; ++i) add_to_keys(i, 1, seen[i], keys, t);
+  }
+
+  Seen tile_of_block(const Head& s, int index, int64_t begin, int64_t keys, int64_t t) {
+    Queries& b = block[index];
+    const Lanes& lanes = b.lanes;
     int64_t tile_begin = t * kBlockN, tile_count = min64(kBlockN, keys - tile_begin);
     int64_t from = max64(begin + tile_begin, lanes.begin), to = min64(begin + tile_begin + tile_count, lanes.end);
-    if (from >= to) return;
+    if (from >= to) return {0, 0};
     Sight sight = mask_sight(p, s, lanes.m0, lanes.rows, from, to - from);
-    if (sight == Sight::none) return;
+    if (sight == Sight::none) return {0, 0};
     int64_t skip = (from - begin - tile_begin) / kRows * kRows;
     int64_t n0 = begin + tile_begin + skip, count = round_up(to - n0, kRows), at = tile_begin + skip;
     bool plain = !modified && sight == Sight::all && n0 >= lanes.full_begin && n0 + count <= lanes.full_end;
 
     fetch();
-    product_rows<Cells>(k_cells + at * cells, cells, q_lanes, kM, count, cells, scores, kM, false);
+    product_rows<Cells>(k_cells + at * cells, cells, b.q_lanes, kM, count, cells, scores, kM, false);
     if (!plain) {
       vf top[kVecs];
       for (int v = 0; v < kVecs; ++v) top[v] = zero();
       apply_options(p, s, lanes, n0, count, sight, modified, scores, pairs, top, p.softcap > 0.0f ? slope : nullptr);
     }
     fetch();
-    product_rows<Cells>(v_cells + at * cells_v, cells_v, do_lanes, kM, count, cells_v, dp, kM, false);
+    product_rows<Cells>(v_cells + at * cells_v, cells_v, b.do_lanes, kM, count, cells_v, dp, kM, false);
     if (p.dropout) apply_dropout(p, s, lanes.m0, n0, count, keep);
-    gradients_of_scores(count);
-    if (p.dbias != nullptr) add_bias_gradient(s, lanes, n0, min64(count, s.sk - n0));
-    if (p.softcap > 0.0f)
-      for (int64_t i = 0; i < count * kM; i += VL) store(dp + i, load(dp + i) * load(slope + i));
-    if constexpr (Cells::kPerCell == 2) pack_scores(count);
+    if (Cells::kPerCell == 2 && p.dbias == nullptr && !(p.softcap > 0.0f)) {
+      packed_gradients(b, count, index * kPackedRows);
+    } else {
+      gradients_of_scores(b, count);
+      if (p.dbias != nullptr) add_bias_gradient(s, lanes, n0, min64(count, s.sk - n0));
+      if (p.softcap > 0.0f)
+        for (int64_t i = 0; i < count * kM; i += VL) store(dp + i, load(dp + i) * load(slope + i));
+      if (Cells::kPerCell == 2) pack_scores(count, index * kPackedRows);
+    }
 
-    int64_t rows = kM / Cells::kPerCell;
-    fetch();
-    for (int64_t d = 0; d < lanes_v; d += kM)
-      product_rows<Cells>(p_rows, rows, do_rows + d, lanes_v, count, rows, dv + at * lanes_v + d, lanes_v, true);
-    fetch();
-    for (int64_t d = 0; d < lanes_d; d += kM)
-      product_rows<Cells>(ds_rows, rows, q_rows + d, lanes_d, count, rows, dk + at * lanes_d + d, lanes_d, true);
     int64_t group_ld = round_up(tile_count, kRows) / Cells::kPerCell * kRows;
     const float* k_tile = k_groups + tile_begin / Cells::kPerCell * groups * kRows + skip / Cells::kPerCell * kRows;
     if (__builtin_expect(k_not_finite[t], 0))
-      careful_product<Cells>(k_tile, group_ld, ds_pairs, groups, count / Cells::kPerCell, dq_lanes, true);
+      careful_product<Cells>(k_tile, group_ld, ds_pairs, groups, count / Cells::kPerCell, b.dq_lanes, true);
     else
-      product_groups<Cells>(k_tile, group_ld, ds_pairs, kM, groups, count / Cells::kPerCell, dq_lanes, kM, true);
+      product_groups<Cells>(k_tile, group_ld, ds_pairs, kM, groups, count / Cells::kPerCell, b.dq_lanes, kM, true);
+    return {at, count};
   }
 
-  // scores becomes P (with dropout's factor), dp becomes dS = P (dP - delta). An invisible pair stays 0 whatever V holds.
-  void gradients_of_scores(int64_t count) {
-    vf scale = splat(c);
+  // dv += P^T do and dk += dS^T q (= instead of += the first time, when the whole tile is seen) over `blocks` blocks of queries
+  // from `index` on.
+  void add_to_keys(int index, int blocks, Seen seen, int64_t keys, int64_t t) {
+    if (seen.count == 0) return;
+    bool adds = begun[t] || seen.at != t * kBlockN || seen.count != round_up(min64(kBlockN, keys - seen.at), kRows);
+    if (adds && !begun[t]) clear_tile(t, keys);
+    begun[t] = 1;
+    int64_t steps = blocks * kPackedRows, from = index * kPackedRows;
+    fetch();
+    for (int64_t d = 0; d < lanes_v; d += kM)
+      product_rows<Cells>(p_rows + from, kPackedRowCells, do_rows + from * lanes_v + d, lanes_v, seen.count, steps,
+                          dv + seen.at * lanes_v + d, lanes_v, adds);
+    fetch();
+    for (int64_t d = 0; d < lanes_d; d += kM)
+      product_rows<Cells>(ds_rows + from, kPackedRowCells, q_rows + from * lanes_d + d, lanes_d, seen.count, steps,
+                          dk + seen.at * lanes_d + d, lanes_d, adds);
+  }
+
+  // P (with dropout's factor) and dS = P (dP - delta) of the vector v of key n. An invisible pair is 0 whatever V holds.
+  struct Gradient {
+    vf p, ds;
+  };
+  inline __attribute__((always_inline)) Gradient gradient(const Queries& b, int64_t n, int v) {
+    int64_t i = n * kM + v * VL;
+    vf prob = exp2<kDegree>(fma(load(scores + i), splat(c), load(b.shift + v * VL)) + load(b.shift_low + v * VL));
+    vf g = load(dp + i), kept = prob;
+    if (p.dropout) {
+      vf factor = load(keep + i);
+      kept = select((vi)(factor == zero()), zero(), prob * factor);
+      g = select((vi)(factor == zero()), zero(), g * factor);
+    }
+    return {kept, select((vi)(prob == zero()), zero(), prob * (g - load(b.delta + v * VL)))};
+  }
+
+  // scores becomes P and dp becomes dS.
+  void gradients_of_scores(const Queries& b, int64_t count) {
     for (int64_t n = 0; n < count; ++n)
       for (int v = 0; v < kVecs; ++v) {
-        int64_t i = n * kM + v * VL;
-        vf prob = exp2<kDegree>(fma(load(scores + i), scale, load(shift + v * VL)) + load(shift_low + v * VL));
-        vf g = load(dp + i), kept = prob;
-        if (p.dropout) {
-          vf factor = load(keep + i);
-          kept = select((vi)(factor == zero()), zero(), prob * factor);
-          g = select((vi)(factor == zero()), zero(), g * factor);
-        }
-        store(scores + i, kept);
-        store(dp + i, select((vi)(prob == zero()), zero(), prob * (g - load(delta + v * VL))));
+        Gradient x = gradient(b, n, v);
+        store(scores + n * kM + v * VL, x.p);
+        store(dp + n * kM + v * VL, x.ds);
       }
   }
 
-  // bf16: P and dS by rows (pairs along queries) and dS by pairs of keys.
-  void pack_scores(int64_t count) {
+  // bf16: P and dS by rows (pairs along queries, at cell `to` of a row) and dS by pairs of keys.
+  inline __attribute__((always_inline)) void pack_two_keys(int64_t n, int64_t to, const vf (&probs)[2][kVecs],
+                                                           const vf (&ds)[2][kVecs]) {
 #if defined(__AVX512BF16__)
-    auto row = [](const float* x) { return (vi)_mm512_cvtne2ps_pbh((__m512)load(x + VL), (__m512)load(x)); };
-    for (int64_t n = 0; n < count; ++n) {
-      store_i(p_rows + n * kM / 2, row(scores + n * kM));
-      store_i(ds_rows + n * kM / 2, row(dp + n * kM));
+    auto row = [](const vf(&x)[kVecs]) { return (vi)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]); };
+    for (int i = 0; i < 2; ++i) {
+      store_i(p_rows + (n + i) * kPackedRowCells + to, row(probs[i]));
+      store_i(ds_rows + (n + i) * kPackedRowCells + to, row(ds[i]));
     }
-    for (int64_t n = 0; n < count; n += 2)
-      for (int v = 0; v < kVecs; ++v)
-        store_i(ds_pairs + n / 2 * kM + v * VL, pack_pairs(load(dp + n * kM + v * VL), load(dp + (n + 1) * kM + v * VL)));
+    for (int v = 0; v < kVecs; ++v) store_i(ds_pairs + n / 2 * kM + v * VL, pack_pairs(ds[0][v], ds[1][v]));
 #endif
+  }
+  void packed_gradients(const Queries& b, int64_t count, int64_t to) {
+    for (int64_t n = 0; n < count; n += 2) {
+      vf probs[2][kVecs], ds[2][kVecs];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          Gradient x = gradient(b, n + i, v);
+          probs[i][v] = x.p;
+          ds[i][v] = x.ds;
+        }
+      pack_two_keys(n, to, probs, ds);
+    }
+  }
+  void pack_scores(int64_t count, int64_t to) {
+    for (int64_t n = 0; n < count; n += 2) {
+      vf probs[2][kVecs], ds[2][kVecs];
+      for (int i = 0; i < 2; ++i)
+        for (int v = 0; v < kVecs; ++v) {
+          probs[i][v] = load(scores + (n + i) * kM + v * VL);
+          ds[i][v] = load(dp + (n + i) * kM + v * VL);
+        }
+      pack_two_keys(n, to, probs, ds);
+    }
   }
 
   void add_bias_gradient(const Head& s, const Lanes& lanes, int64_t n0, int64_t count) {

@@ -16,7 +16,6 @@ namespace {
 constexpr int64_t kPiece = 1024;  // keys per task
 constexpr int64_t kBlock = 256;   // keys between two softmax updates
 constexpr int kMaxRows = 16;      // query rows per key head
-constexpr int64_t kAhead = 16;    // rows of prefetch
 
 // Sums the lanes of VL vectors: result[i] = sum of x[i].
 FASTATTN_INLINE vf reduce_each(vf (&x)[VL]) {
@@ -41,6 +40,7 @@ struct Decode {
   static constexpr int kTurns = kRows == 1 ? 2 : 1;  // sums over every kTurns-th key: enough chains to hide latency
   static constexpr int kWide = VB == 64 ? 4 : 2;     // vectors of columns per pass: kRows x kWide accumulators
   static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
+  static constexpr int64_t kAhead = 64 / sizeof(T);  // rows of prefetch
   const AttentionParams& p;
   const Head s;
   int64_t group, rows, cells;
@@ -79,7 +79,9 @@ struct Decode {
       for (int i = 0; i < kRows; ++i) top[i] = -kInfinity, total[i] = 0.0f;
       float* out = sums + r * round_up(p.headdim_v, VL);
       __builtin_memset(out, 0, kRows * round_up(p.headdim_v, VL) * sizeof(float));
-      for (int64_t n = begin; n < end; n += kBlock) block(r, n, min64(kBlock, end - n), top, total, out);
+      int64_t first = begin, last = end;
+      trim(r, first, last);
+      for (int64_t n = first; n < last; n += kBlock) block(r, n, min64(kBlock, last - n), top, total, out);
       for (int64_t i = 0; i < kRows && r + i < rows; ++i) {
         top_to[r + i] = top[i];
         total_to[r + i] = total[i];
@@ -90,11 +92,13 @@ struct Decode {
 
   void block(int64_t r, int64_t n0, int64_t count, float (&top)[kRows], float (&total)[kRows], float* out) {
     raw_scores(r, n0, count);
-    bool careful = false;
+    bool hidden = false;  // is some pair invisible?
     float c = p.scale * kLog2e;
-    if (is_modified(p) || p.mask != nullptr || banded(r, n0, count)) {
-      careful = apply(r, n0, count);
+    if (is_modified(p) || banded(r, n0, count)) {
+      hidden = apply(r, n0, count);
       c = 1.0f;
+    } else if (p.mask != nullptr) {
+      hidden = apply_mask(r, n0, count);
     }
     int64_t padded = round_up(count, 2 * kKeys);
     for (int64_t i = count * kRows; i < padded * kRows; ++i) scores[i] = -kInfinity;
@@ -122,28 +126,45 @@ struct Decode {
       for (int j = i; j < VL; j += kRows) t += sum[j];
       total[i] = total[i] * factor[i] + t;
     }
-    weighted_sum(n0, count, factor, careful, out);
+    weighted_sum(n0, count, factor, hidden, out);
   }
 
-  // scores[n][i] = q row (r + i) . key n
+  // How many of the `count` keys from n on lie one stride apart.
+  int64_t run_of(int64_t n, int64_t count) const {
+    return p.block_table == nullptr ? count : min64(count, p.block_size - n % p.block_size);
+  }
+
+  // scores[n][i] = q row (r + i) . key n. Every index into the sums is a constant, or they would live in memory.
   void raw_scores(int64_t r, int64_t n0, int64_t count) {
     const float* q = queries + r / kRows * kRows * cells;
+    int64_t full = p.headdim / Cells::kPerCell / VL * VL, row_bytes = p.headdim * sizeof(T);
     for (int64_t n = 0; n < count; n += kKeys) {
       const T* key[kKeys];
+      const T* first = key_row<T>(p, s, p.k, p.k_stride, n0 + n);
+      int64_t run = run_of(n0 + n, count - n);
       for (int j = 0; j < kKeys; ++j) {
-        key[j] = key_row<T>(p, s, p.k, p.k_stride, n0 + min64(n + j, count - 1));
-        if (n + j + kAhead < count) prefetch_row(key_row<T>(p, s, p.k, p.k_stride, n0 + n + j + kAhead), p.headdim * sizeof(T));
+        int64_t at = min64(j, count - n - 1);
+        key[j] = at < run ? first + at * p.k_stride[1] : key_row<T>(p, s, p.k, p.k_stride, n0 + n + at);
+        int64_t soon = n + j + kAhead;
+        if (soon < run + n)
+          prefetch_row(first + (j + kAhead) * p.k_stride[1], row_bytes);
+        else if (soon < count)
+          prefetch_row(key_row<T>(p, s, p.k, p.k_stride, n0 + soon), row_bytes);
+        else if (soon < 2 * count)  // the values come next
+          prefetch_row(key_row<T>(p, s, p.v, p.v_stride, n0 + soon - count), p.headdim_v * sizeof(T));
       }
       vf acc[VL];
+#pragma GCC unroll 16
       for (int i = 0; i < VL; ++i) acc[i] = zero();
-      int64_t full = p.headdim / Cells::kPerCell / VL * VL;
       for (int64_t cell = 0; cell < full; cell += VL)
+#pragma GCC unroll 16
         for (int j = 0; j < kKeys; ++j) {
           vf k = as_float(full_cells(key[j] + cell * Cells::kPerCell));
 #pragma GCC unroll 4
           for (int i = 0; i < kRows; ++i) acc[j * kRows + i] = dot(acc[j * kRows + i], k, load(q + cell * kRows + i * VL));
         }
       for (int64_t cell = full; cell < cells; cell += VL)
+#pragma GCC unroll 16
         for (int j = 0; j < kKeys; ++j) {
           vf k = as_float(row_cells<Cells>(key[j], cell, p.headdim));
 #pragma GCC unroll 4
@@ -173,13 +194,46 @@ struct Decode {
     return false;
   }
 
+  const bool* mask_row(int64_t r) const {
+    return p.mask + s.b * p.mask_stride[0] + head(r) * p.mask_stride[1] + position(r) * p.mask_stride[2];
+  }
+
+  // The mask alone leaves scores raw. True when it hides something.
+  bool apply_mask(int64_t r, int64_t n0, int64_t count) {
+    int64_t step = p.mask_stride[3];
+    uint8_t all = 1;
+    for (int i = 0; i < kRows; ++i) {
+      const bool* mask = mask_row(r + i) + n0 * step;
+      for (int64_t n = 0; n < count; ++n) {
+        bool visible = mask[n * step];
+        all &= visible;
+        scores[n * kRows + i] = visible ? scores[n * kRows + i] : -kInfinity;
+      }
+    }
+    return all == 0;
+  }
+
+  // Drops keys at the ends that the mask hides from all rows: caches are padded there.
+  void trim(int64_t r, int64_t& begin, int64_t& end) const {
+    if (p.mask == nullptr) return;
+    const bool* mask[kRows];
+    for (int i = 0; i < kRows; ++i) mask[i] = mask_row(r + i);
+    auto seen = [&](int64_t n) {
+      bool any = false;
+      for (int i = 0; i < kRows; ++i) any |= mask[i][n * p.mask_stride[3]];
+      return any;
+    };
+    while (begin < end && !seen(begin)) ++begin;
+    while (begin < end && !seen(end - 1)) --end;
+  }
+
   // The options, one score at a time: few rows make this cheap beside the reads. True when some pair is invisible.
   __attribute__((noinline)) bool apply(int64_t r, int64_t n0, int64_t count) {
     bool hidden = false;
     for (int i = 0; i < kRows; ++i) {
       int64_t m = position(r + i), h = head(r + i), first = first_key(p, s, m), last = last_key(p, s, m);
       float slope = p.alibi_slopes ? p.alibi_slopes[s.b * p.alibi_stride[0] + h * p.alibi_stride[1]] : 0.0f;
-      const bool* mask = p.mask ? p.mask + s.b * p.mask_stride[0] + h * p.mask_stride[1] + m * p.mask_stride[2] : nullptr;
+      const bool* mask = p.mask ? mask_row(r + i) : nullptr;
       int64_t bias_at = s.b * p.bias_stride[0] + h * p.bias_stride[1] + m * p.bias_stride[2];
       for (int64_t n = 0; n < count; ++n) {
         int64_t key = n0 + n;
@@ -203,9 +257,10 @@ struct Decode {
     return to_float(static_cast<const f16*>(p.bias)[at]);
   }
 
-  // out[i] = out[i] * factor[i] + sum_n scores[n][i] v[n]
-  void weighted_sum(int64_t n0, int64_t count, const float (&factor)[kRows], bool careful, float* out) {
-    int64_t cols = round_up(p.headdim_v, VL), step = Cells::kPerCell;
+  // out[i] = out[i] * factor[i] + sum_n scores[n][i] v[n]. Where pairs are hidden, inf or NaN in their values would leak
+  // through a zero probability: a sum that is not finite is taken again, skipping zeros.
+  void weighted_sum(int64_t n0, int64_t count, const float (&factor)[kRows], bool hidden, float* out) {
+    int64_t cols = round_up(p.headdim_v, VL);
     const float* probs = scores;
 #if defined(__AVX512BF16__)
     if constexpr (Cells::kPerCell == 2) {
@@ -215,58 +270,75 @@ struct Decode {
 #endif
     for (int64_t d = 0; d < p.headdim_v; d += kWide * VL) {
       int64_t wide = min64(kWide, (p.headdim_v - d + VL - 1) / VL);
-      bool fast = d + kWide * VL <= p.headdim_v && !careful;
-      vf acc[kRows * kTurns][kWide];
-      for (int i = 0; i < kRows * kTurns; ++i)
-        for (int w = 0; w < kWide; ++w) acc[i][w] = zero();
-      int64_t n = 0;
-      if constexpr (kTurns > 1) {
-        for (; fast && n + kTurns * step <= count; n += kTurns * step)
-#pragma GCC unroll 2
-          for (int turn = 0; turn < kTurns; ++turn) {
-            int64_t key = n + turn * step;
-            const T* a = key_row<T>(p, s, p.v, p.v_stride, n0 + key) + d;
-            const T* b = step == 2 ? key_row<T>(p, s, p.v, p.v_stride, n0 + key + 1) + d : nullptr;
-            prefetch_values(key, count, n0, d);
-            vf v[kWide];
-            value_cells(a, b, v);
-#pragma GCC unroll 4
-            for (int w = 0; w < kWide; ++w) acc[turn][w] = Cells::mul_add(acc[turn][w], probs + key / step, v[w]);
-          }
-      }
-      for (; n < count; n += step) {
-        const T* a = key_row<T>(p, s, p.v, p.v_stride, n0 + n) + d;
-        const T* b = step == 2 && n + 1 < count ? key_row<T>(p, s, p.v, p.v_stride, n0 + n + 1) + d : nullptr;
-        prefetch_values(n, count, n0, d);
-        const float* prob = probs + n / step * kRows;
-        if (__builtin_expect(fast && (step == 1 || b != nullptr), 1)) {
-          vf v[kWide];
-          value_cells(a, b, v);
-#pragma GCC unroll 4
-          for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-            for (int w = 0; w < kWide; ++w) acc[i][w] = Cells::mul_add(acc[i][w], prob + i, v[w]);
-        } else {
-          for (int w = 0; w < wide; ++w) {
-            vf v = as_float(column_cells<Cells>(a, b, w * VL, p.headdim_v - d));
-            for (int i = 0; i < kRows; ++i) acc[i][w] = careful_add(acc[i][w], prob + i, v);
-          }
-        }
-      }
+      vf total[kRows][kWide];
+      column_sums(n0, count, d, wide, probs, false, total);
+      vi lost = splat_i(0);
+      for (int i = 0; i < kRows; ++i)
+        for (int w = 0; w < kWide; ++w) lost |= not_finite(as_int(total[i][w]));
+      if (__builtin_expect(hidden && any(lost), 0)) column_sums(n0, count, d, wide, probs, true, total);
       for (int i = 0; i < kRows; ++i)
         for (int w = 0; w < wide; ++w) {
-          vf total = acc[i][w];
-          for (int turn = 1; turn < kTurns; ++turn) total = total + acc[i + turn * kRows][w];
           float* to = out + i * cols + d + w * VL;
-          store(to, load(to) * splat(factor[i]) + total);
+          store(to, load(to) * splat(factor[i]) + total[i][w]);
         }
     }
   }
-  __attribute__((always_inline)) void prefetch_values(int64_t n, int64_t count, int64_t n0, int64_t d) const {
-    constexpr int64_t kBytes = kWide * VL * sizeof(T), kStep = Cells::kPerCell;
-    if (n + kAhead + kStep > count) return;
-    prefetch_row(key_row<T>(p, s, p.v, p.v_stride, n0 + n + kAhead) + d, kBytes);
-    if (kStep == 2) prefetch_row(key_row<T>(p, s, p.v, p.v_stride, n0 + n + kAhead + 1) + d, kBytes);
+
+  // total[i] = sum_n probs[n][i] v[n] over kWide vectors of columns from d on, of which `wide` exist.
+  void column_sums(int64_t n0, int64_t count, int64_t d, int64_t wide, const float* probs, bool careful,
+                   vf (&total)[kRows][kWide]) const {
+    constexpr int64_t step = Cells::kPerCell;
+    bool fast = d + kWide * VL <= p.headdim_v && !careful;
+    for (int i = 0; i < kRows; ++i)
+      for (int w = 0; w < kWide; ++w) total[i][w] = zero();
+    for (int64_t n = 0; n < count;) {
+      const T* a = key_row<T>(p, s, p.v, p.v_stride, n0 + n) + d;
+      int64_t whole = run_of(n0 + n, count - n) / step * step;
+      if (fast && whole > 0) {
+        run_sums(a, p.v_stride[1], whole, d == 0 ? whole : 0, p.headdim_v * sizeof(T), probs + n / step * kRows, total);
+        n += whole;
+      } else {
+        const T* b = step == 2 && n + 1 < count ? key_row<T>(p, s, p.v, p.v_stride, n0 + n + 1) + d : nullptr;
+        for (int w = 0; w < wide; ++w) {
+          vf v = as_float(column_cells<Cells>(a, b, w * VL, p.headdim_v - d));
+          for (int i = 0; i < kRows; ++i) total[i][w] = careful_add(total[i][w], probs + n / step * kRows + i, v);
+        }
+        n += step;
+      }
+    }
+  }
+
+  // The same for `whole` rows one stride apart and whole vectors: here the sums live in registers. The first `fetched` rows
+  // are fetched ahead, all of their bytes: other passes take other columns.
+  FASTATTN_INLINE void run_sums(const T* v_rows, int64_t v_stride, int64_t whole, int64_t fetched, int64_t row_bytes,
+                                const float* probs, vf (&total)[kRows][kWide]) {
+    constexpr int64_t step = Cells::kPerCell;
+    vf acc[kTurns][kRows][kWide];
+#pragma GCC unroll 2
+    for (int turn = 0; turn < kTurns; ++turn)
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) acc[turn][i][w] = turn == 0 ? total[i][w] : zero();
+    auto rows = [&](const T* a, int64_t n, vf(&sum)[kRows][kWide]) __attribute__((always_inline)) {
+      for (int64_t row = n + kAhead; row < min64(n + kAhead + step, fetched); ++row)
+        prefetch_row(v_rows + row * v_stride, row_bytes);
+      vf v[kWide];
+      value_cells(a, a + v_stride, v);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) sum[i][w] = Cells::mul_add(sum[i][w], probs + n / step * kRows + i, v[w]);
+    };
+    int64_t n = 0;
+    for (; n + kTurns * step <= whole; n += kTurns * step)
+#pragma GCC unroll 2
+      for (int turn = 0; turn < kTurns; ++turn) rows(v_rows + (n + turn * step) * v_stride, n + turn * step, acc[turn]);
+    if (n < whole) rows(v_rows + n * v_stride, n, acc[0]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int w = 0; w < kWide; ++w) total[i][w] = kTurns == 2 ? acc[0][i][w] + acc[kTurns - 1][i][w] : acc[0][i][w];
   }
 
 #if defined(__AVX512BF16__)

@@ -1,6 +1,7 @@
 // attention_fwd: o = softmax(scale q k^T + options) v and lse, one task per (batch, head, block of queries).
 // S^T formulation: lanes are queries, so q is packed once per task, k and v are broadcast in their own row order, the
-// softmax statistics are per lane without horizontal steps, and o is transposed back once.
+// softmax statistics are per lane without horizontal steps, and o is transposed back once. For bf16 dot products the
+// exponentials of one tile run beside the product of the tile before it: they mostly use pipes that the product leaves idle.
 // Scratch per thread: q^T, o^T of the block, one K and one V tile, one score tile: L2 resident (0.3 MB at headdim 128).
 // Bound: multiply-adds, 4 * headdim FLOPs per visible pair. Dao, FlashAttention-2, arXiv:2307.08691.
 #include "attention_scores.h"
@@ -19,15 +20,18 @@ constexpr float kLazyRescale = 8.0f;  // rescale o only when the maximum grew by
 template <class T, class Cells>
 struct Forward {
   static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
+  // Exponentials beside products: 16 registers hold a product alone, and float tiles leave no room for others in L1.
+  static constexpr bool kBeside = VB == 64 && Cells::kPerCell == 2;
 
   const AttentionParams& p;
   int64_t cells, groups, micros;
   float c;  // raw score to log2 units
   bool modified;
   // scratch
-  float *qt, *ot, *scores, *probs, *k_tile, *v_tile, *keep;
+  float *qt, *ot, *scores, *tiles_of_probs[2], *k_tile, *v_tile, *keep;
   PairTiles pairs;
-  Ahead k_ahead, v_ahead, q_ahead, bias_ahead;
+  Ahead k_ahead, v_ahead, q_ahead, o_ahead, bias_ahead;
+  KeySpan seen;           // what the mask leaves of the tile at hand
   int64_t step_rows = 0;  // rows to fetch per register block of the first product
 
   static int64_t scratch_floats(const AttentionParams& p, int64_t micros) {
@@ -50,7 +54,7 @@ struct Forward {
     qt = take(micros * kM * cells);
     ot = take(micros * kM * groups * kRows);
     scores = take(kBlockN * kM);
-    probs = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : scores;
+    for (float*& probs : tiles_of_probs) probs = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : scores;
     k_tile = take(kBlockN * cells);
     v_tile = take(kBlockN * groups * kRows);
     bool options = p.mask != nullptr || p.bias != nullptr || p.dropout;
@@ -63,7 +67,76 @@ struct Forward {
     Lanes lanes;
     vf m[kVecs], l[kVecs];
     bool started;
+    void add(const vf (&sum)[2][kVecs]) {
+      for (int v = 0; v < kVecs; ++v) l[v] = l[v] + (sum[0][v] + sum[1][v]);
+    }
   };
+
+  // A tile of scores to probabilities, two keys a step, beside the product of another tile.
+  template <bool kDropout>
+  struct Exponentials {
+    const Exp2<kDegree> exp2 = Exp2<kDegree>::make();
+    const float* scores;
+    float* probs;
+    const float* keep;
+    int64_t left, every = 1;
+    vf scale, shift[kVecs];
+    vf sum[2][kVecs];  // of this tile, even and odd keys apart: short chains, small rounding
+
+    Exponentials(const Row& r, float c, const float* scores, float* probs, const float* keep, int64_t count)
+        : scores(scores), probs(probs), keep(keep), left(count), scale(splat(c)) {
+      // A lane that has seen nothing has m = -inf: subtracting 0 instead leaves exp2(-inf) = 0.
+      for (int v = 0; v < kVecs; ++v) {
+        shift[v] = select((vi)(r.m[v] == splat(-kInfinity)), zero(), -r.m[v]);
+        sum[0][v] = sum[1][v] = zero();
+      }
+    }
+
+    // Step often enough for all of it to fit beside `groups` products of `cells` steps each.
+    void spread(int64_t groups, int64_t cells) {
+      int64_t steps = (left / 2 + groups - 1) / groups;
+      every = max64(1, cells / steps);
+    }
+
+    inline __attribute__((always_inline)) void step() {
+      if (left == 0) return;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const float* at = scores + v * VL;
+        vf x = exp2(fma(load(at), scale, shift[v])), y = exp2(fma(load(at + kM), scale, shift[v]));
+        sum[0][v] = sum[0][v] + x;
+        sum[1][v] = sum[1][v] + y;
+        if constexpr (kDropout) {
+          x = x * load(keep + v * VL);
+          y = y * load(keep + kM + v * VL);
+        }
+        if constexpr (Cells::kPerCell == 1) {
+          store(probs + v * VL, x);
+          store(probs + kM + v * VL, y);
+        } else {
+          store_i(probs + v * VL, pack_pairs(x, y));
+        }
+      }
+      left -= 2;
+      scores += 2 * kM;
+      if constexpr (kDropout) keep += 2 * kM;
+      probs += 2 / Cells::kPerCell * kM;
+    }
+    __attribute__((always_inline)) void finish() {
+      while (left > 0) step();
+    }
+  };
+
+  // Probabilities that wait for their product with V: the exponentials of the next tile run beside it.
+  struct Waiting {
+    Row* row = nullptr;
+    float* o;
+    const float *v, *probs;
+    int64_t v_ld, keys;
+    bool v_not_finite;
+  };
+  Waiting waiting;
+  int turn = 0;  // which of the two tiles of probabilities is next
 
   struct Task {
     int64_t b, h, m;
@@ -86,27 +159,36 @@ struct Forward {
     KeyTiles<T, Cells> tiles(p, s, cells, groups, k_tile, v_tile);
     for (int64_t n0 = rows[0].lanes.begin / kRows * kRows; n0 < end; n0 += kBlockN) {
       tiles.start(n0, min64(kBlockN, end - n0));
-      look_ahead(s, n0 + kBlockN, end, count, next);
+      look_ahead(s, m_begin, n0 + kBlockN, end, count, next);
+      seen = mask_span(p, s, tiles.n0, tiles.count);
       for (int64_t i = 0; i < count; ++i) micro(s, rows[i], i, tiles);
     }
+    multiply();
     for (int64_t i = 0; i < count; ++i) finish(s, rows[i], ot + i * kM * groups * kRows);
   }
 
-  // What comes after this tile: the next one of this task, or the first of the next task with its queries.
-  void look_ahead(const Head& s, int64_t n0, int64_t end, int64_t blocks, const Task* next) {
-    k_ahead = v_ahead = q_ahead = Ahead{};
+  T* o_row(const Head& s, int64_t m) const {
+    return static_cast<T*>(p.o) + s.b * p.o_stride[0] + (s.q_start + m) * p.o_stride[1] + s.h * p.o_stride[2];
+  }
+
+  // What comes after this tile: the next one of this task, or its results and the first tile and queries of the next task.
+  void look_ahead(const Head& s, int64_t m_begin, int64_t n0, int64_t end, int64_t blocks, const Task* next) {
+    k_ahead = v_ahead = q_ahead = o_ahead = Ahead{};
     if (p.block_table != nullptr) return;
     int64_t keys = min64(kBlockN, end - n0);
     if (keys > 0) {
       set_ahead(s, n0, keys);
-    } else if (next != nullptr) {
+    } else {
+      o_ahead = ahead(o_row(s, m_begin), p.o_stride[1], p.headdim_v, min64(blocks * kM, s.sq - m_begin));
+    }
+    if (keys <= 0 && next != nullptr) {
       Head t = head_of(p, next->b, next->h);
       int64_t first = min64(t.sk, first_key(p, t, next->m)), rows = min64(micros * kM, t.sq - next->m);
       q_ahead = ahead(q_row<T>(p, t, next->m), p.q_stride[1], p.headdim, rows);
       if (t.hk != s.hk || t.b != s.b) set_ahead(t, first, min64(kBlockN, t.sk - first));
     }
     int64_t steps = blocks * (kBlockN / kRows);
-    step_rows = (max64(k_ahead.rows, q_ahead.rows) + steps - 1) / steps;
+    step_rows = (max64(k_ahead.rows, max64(q_ahead.rows, o_ahead.rows)) + steps - 1) / steps;
   }
   void set_ahead(const Head& s, int64_t n0, int64_t keys) {
     k_ahead = ahead(key_row<T>(p, s, p.k, p.k_stride, n0), p.k_stride[1], p.headdim, keys);
@@ -122,21 +204,31 @@ struct Forward {
     return ahead(static_cast<const bf16*>(p.bias) + at, st[2], count, lanes.rows);  // fp16 is as wide
   }
 
+  FASTATTN_INLINE void store_score(float* to, vf x) {
+    if constexpr (kBeside)
+      store_halves(to, x);
+    else
+      store(to, x);
+  }
+
   // One block of kM queries against one tile of keys.
   void micro(const Head& s, Row& r, int64_t index, KeyTiles<T, Cells>& tiles) {
-    int64_t begin = max64(tiles.n0, r.lanes.begin), end = min64(tiles.n0 + tiles.count, r.lanes.end);
+    int64_t begin = max64(seen.begin, r.lanes.begin), end = min64(seen.end, r.lanes.end);
     if (begin >= end) return;
-    Sight sight = mask_sight(p, s, r.lanes.m0, r.lanes.rows, begin, end - begin);
+    // A mask that is a span of keys for all queries is a band.
+    Sight sight = seen.solid && !modified ? Sight::all : mask_sight(p, s, r.lanes.m0, r.lanes.rows, begin, end - begin);
     if (sight == Sight::none) return;
     int64_t skip = (begin - tiles.n0) / kRows * kRows;
     int64_t n0 = tiles.n0 + skip, count = round_up(end - n0, kRows);
+    // The options see to the band, but only a mask that is looked at hides what the rounding to kRows adds to the span.
+    if (modified && p.mask != nullptr && (n0 < seen.begin || n0 + count > seen.end)) sight = Sight::some;
     const float* k = tiles.k() + skip * tiles.k_ld;
 
     bool rewritten = modified || sight != Sight::all;  // a pass over the tile that also sees to the band
-    int64_t plain_begin = r.lanes.full_begin - n0, plain_end = r.lanes.full_end - n0;
+    int64_t plain_begin = max64(begin, r.lanes.full_begin) - n0, plain_end = min64(end, r.lanes.full_end) - n0;
     bool banded = !rewritten && (plain_begin > 0 || plain_end < count);
     Band band;
-    if (banded) band = Band::of(r.lanes, n0, count);
+    if (banded) band = Band::of(r.lanes, n0, begin - n0, end - n0);
     vf top[kVecs];
     for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
     bias_ahead = bias_rows(s, r.lanes, n0, min64(count, s.sk - n0));
@@ -148,6 +240,7 @@ struct Forward {
       k_ahead.fetch(step_rows);
       v_ahead.fetch(step_rows);
       q_ahead.fetch(step_rows);
+      o_ahead.fetch<true>(step_rows);
       bias_ahead.fetch(kM * kRows / kBlockN + 1);
       const float *a = k + n * tiles.k_ld + before, *b = q + before * kM;
       auto whole = [&](int i, int v, vf x) { return before > 0 ? x + load(to + i * kM + v * VL) : x; };
@@ -155,13 +248,13 @@ struct Forward {
         block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, [&](int i, int v, vf x) {
           x = whole(i, v, x);
           x = band.cut(v, n + i, x);
-          store(to + i * kM + v * VL, x);
+          store_score(to + i * kM + v * VL, x);
           top[v] = max(top[v], x);
         });
       else
         block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, [&](int i, int v, vf x) {
           x = whole(i, v, x);
-          store(to + i * kM + v * VL, x);
+          store_score(to + i * kM + v * VL, x);
           top[v] = max(top[v], x);
         });
     }
@@ -170,15 +263,49 @@ struct Forward {
       apply_options(p, s, r.lanes, n0, count, sight, modified, scores, pairs, top, nullptr);
     }
     float* o = ot + index * kM * groups * kRows;
+    if (waiting.row == &r) multiply();  // before o is rescaled
     update_maximum(r, top, o);
-    if (p.dropout) apply_dropout(p, s, r.lanes.m0, n0, count, keep);
-    exponentiate(r, count);
+    float* probs = tiles_of_probs[turn];
+    if (p.dropout) {
+      apply_dropout(p, s, r.lanes.m0, n0, count, keep);
+      multiply();
+      Exponentials<true> exponentials(r, c, scores, probs, keep, count);
+      exponentials.finish();
+      r.add(exponentials.sum);
+    } else {
+      Exponentials<false> exponentials(r, c, scores, probs, nullptr, count);
+      if constexpr (kBeside) multiply_beside(exponentials);
+      exponentials.finish();
+      r.add(exponentials.sum);
+    }
     const float* v_cells = tiles.v() + skip / Cells::kPerCell * kRows;
-    if (__builtin_expect(tiles.v_not_finite, 0))
-      careful_product<Cells>(v_cells, tiles.v_ld, probs, groups, count / Cells::kPerCell, o, r.started);
+    waiting = {&r, o, v_cells, probs, tiles.v_ld, count, tiles.v_not_finite};
+    turn ^= 1;
+    if (!kBeside) multiply();
+  }
+
+  // The product that waits.
+  __attribute__((noinline)) void multiply() {
+    const Waiting& w = waiting;
+    if (w.row == nullptr) return;
+    int64_t count = w.keys / Cells::kPerCell;
+    if (__builtin_expect(w.v_not_finite, 0))
+      careful_product<Cells>(w.v, w.v_ld, w.probs, groups, count, w.o, w.row->started);
     else
-      product_groups<Cells>(v_cells, tiles.v_ld, probs, kM, groups, count / Cells::kPerCell, o, kM, r.started);
-    r.started = true;
+      product_groups<Cells>(w.v, w.v_ld, w.probs, kM, groups, count, w.o, kM, w.row->started);
+    w.row->started = true;
+    waiting.row = nullptr;
+  }
+
+  // The same with exponentials beside it.
+  inline __attribute__((always_inline)) void multiply_beside(Exponentials<false>& exponentials) {
+    const Waiting& w = waiting;
+    if (w.row == nullptr || w.v_not_finite) return multiply();
+    int64_t count = w.keys / Cells::kPerCell;
+    exponentials.spread(groups, count);
+    product_groups<Cells>(w.v, w.v_ld, w.probs, kM, groups, count, w.o, kM, w.row->started, exponentials);
+    w.row->started = true;
+    waiting.row = nullptr;
   }
 
   // The reference maximum follows lazily; o and l are rescaled when it moves.
@@ -196,33 +323,6 @@ struct Forward {
     if (!r.started) return;
     for (int64_t d = 0; d < groups * kRows; ++d)
       for (int v = 0; v < kVecs; ++v) store(o + d * kM + v * VL, load(o + d * kM + v * VL) * factor[v]);
-  }
-
-  void exponentiate(Row& r, int64_t count) {
-    vf shift[kVecs];
-    // A lane that has seen nothing has m = -inf: subtracting 0 instead leaves exp2(-inf) = 0.
-    for (int v = 0; v < kVecs; ++v) shift[v] = select((vi)(r.m[v] == splat(-kInfinity)), zero(), -r.m[v]);
-    vf scale = splat(c);
-    vf sum[2][kVecs];  // of this tile, even and odd keys apart: short chains, small rounding
-    for (int v = 0; v < kVecs; ++v) sum[0][v] = sum[1][v] = zero();
-    for (int64_t n = 0; n < count; n += 2)
-      for (int v = 0; v < kVecs; ++v) {
-        float* at = scores + n * kM + v * VL;
-        vf x = exp2<kDegree>(fma(load(at), scale, shift[v])), y = exp2<kDegree>(fma(load(at + kM), scale, shift[v]));
-        sum[0][v] = sum[0][v] + x;
-        sum[1][v] = sum[1][v] + y;
-        if (p.dropout) {
-          x = x * load(keep + n * kM + v * VL);
-          y = y * load(keep + (n + 1) * kM + v * VL);
-        }
-        if constexpr (Cells::kPerCell == 1) {
-          store(at, x);
-          store(at + kM, y);
-        } else {
-          store_i(probs + n / 2 * kM + v * VL, pack_pairs(x, y));
-        }
-      }
-    for (int v = 0; v < kVecs; ++v) r.l[v] = r.l[v] + (sum[0][v] + sum[1][v]);
   }
 
   void finish(const Head& s, Row& r, const float* o) {
@@ -249,8 +349,7 @@ struct Forward {
         if (l == 0.0f) factor[lane] = 0.0f;
         lse[lane] = l == 0.0f ? -kInfinity : static_cast<float>(r.m[v][i] * 0.6931471805599453 + __builtin_log(l));
       }
-    int64_t m = s.q_start + r.lanes.m0;
-    T* to = static_cast<T*>(p.o) + s.b * p.o_stride[0] + m * p.o_stride[1] + s.h * p.o_stride[2];
+    T* to = o_row(s, r.lanes.m0);
     if (r.started) {
       lanes_to_rows(o, factor, r.lanes.rows, p.headdim_v, to, p.o_stride[1]);
     } else {
@@ -258,7 +357,7 @@ struct Forward {
         for (int64_t d = 0; d < p.headdim_v; ++d) to[i * p.o_stride[1] + d] = T{};
     }
     if (p.lse != nullptr) {
-      float* lse_to = p.lse + s.b * p.lse_stride[0] + s.h * p.lse_stride[1] + m;
+      float* lse_to = p.lse + s.b * p.lse_stride[0] + s.h * p.lse_stride[1] + s.q_start + r.lanes.m0;
       __builtin_memcpy(lse_to, lse, r.lanes.rows * sizeof(float));
     }
   }

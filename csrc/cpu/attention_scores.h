@@ -88,6 +88,25 @@ FASTATTN_INLINE Sight mask_sight(const AttentionParams& p, const Head& s, int64_
   return all ? Sight::all : any ? Sight::some : Sight::none;
 }
 
+// The keys of [n0, n0 + count) that a mask leaves when all queries share its row: [begin, end), `solid` when it hides nothing
+// in between. Any other mask, or none, leaves them all.
+struct KeySpan {
+  int64_t begin, end;
+  bool solid;
+};
+FASTATTN_INLINE KeySpan mask_span(const AttentionParams& p, const Head& s, int64_t n0, int64_t count) {
+  KeySpan span{n0, n0 + count, p.mask == nullptr};
+  int64_t sn = p.mask_stride[3];
+  if (p.mask == nullptr || p.mask_stride[2] != 0) return span;
+  const bool* row = p.mask + s.b * p.mask_stride[0] + s.h * p.mask_stride[1];
+  span.end = min64(span.end, s.sk);
+  while (span.begin < span.end && !row[span.begin * sn]) ++span.begin;
+  while (span.begin < span.end && !row[(span.end - 1) * sn]) --span.end;
+  span.solid = true;
+  for (int64_t n = span.begin; n < span.end; ++n) span.solid &= row[n * sn];
+  return span;
+}
+
 FASTATTN_INLINE vi bytes_to_cells(const bool* p, int64_t n) {
   typedef uint8_t vb __attribute__((vector_size(VL)));
   vb x = {};
@@ -188,11 +207,12 @@ FASTATTN_INLINE void make_lanes(const AttentionParams& p, const Head& s, int64_t
 // The band of a block against a tile that starts at key n0, as compares of the key's index in the tile.
 struct Band {
   vi first[kVecs], last[kVecs];
-  FASTATTN_INLINE Band of(const Lanes& lanes, int64_t n0, int64_t count) {
+  // Against the keys [begin, end) of the tile.
+  FASTATTN_INLINE Band of(const Lanes& lanes, int64_t n0, int64_t begin, int64_t end) {
     int32_t first_lane[kM], last_lane[kM];
     for (int lane = 0; lane < kM; ++lane) {
-      first_lane[lane] = static_cast<int32_t>(max64(-1, min64(count, lanes.first[lane] - n0)));
-      last_lane[lane] = static_cast<int32_t>(max64(0, min64(count, lanes.last[lane] - n0)));
+      first_lane[lane] = static_cast<int32_t>(max64(begin, min64(end, lanes.first[lane] - n0)));
+      last_lane[lane] = static_cast<int32_t>(max64(begin, min64(end, lanes.last[lane] - n0)));
     }
     Band band;
     for (int v = 0; v < kVecs; ++v) {
@@ -212,6 +232,48 @@ FASTATTN_INLINE bool is_modified(const AttentionParams& p) {
   return p.softcap > 0.0f || p.alibi_slopes != nullptr || p.bias != nullptr || !(p.scale > 0.0f);
 }
 
+template <class T>
+struct BiasCells {
+  static constexpr int kPerCell = 4 / sizeof(T);
+};
+// The value of a cell of bias: a float, or one of the two 16-bit floats of a pair.
+FASTATTN_INLINE vf cell_value(float, vi cell, int) { return as_float(cell); }
+FASTATTN_INLINE vf cell_value(bf16, vi cell, int half) { return as_float(half == 0 ? cell << 16 : cell & (int32_t)0xffff0000); }
+FASTATTN_INLINE vf cell_value(f16, vi cell, int half) {
+  return widen_f16(__builtin_convertvector(half == 0 ? cell & 0xffff : (vi)((vu)cell >> 16), vh));
+}
+
+// x * scale + bias, in log2 units, for a bias with rows of its own and no other option: transposed in registers and added at
+// once. Keys past `seen` are padding.
+template <class T>
+FASTATTN_INLINE void add_bias(const T* bias, int64_t stride, float scale, const Lanes& lanes, const Band* band, int64_t seen,
+                              int64_t count, float* tile, vf (&top)[kVecs]) {
+  constexpr int kPack = BiasCells<T>::kPerCell;
+  vf factor = splat(scale * kLog2e), log2e = splat(kLog2e), hidden = splat(-kInfinity);
+  for (int v = 0; v < kVecs; ++v) {
+    vf most = hidden;
+    for (int64_t n = 0; n < seen; n += kPack * VL) {
+      vi block[VL];
+      for (int i = 0; i < VL; ++i) {
+        const T* row = bias + min64(v * VL + i, lanes.rows - 1) * stride + n;
+        block[i] = row_cells<BiasCells<T>>(row, 0, seen - n);
+      }
+      transpose(block);
+      int64_t width = min64(kPack * VL, seen - n);
+      float* to = tile + n * kM + v * VL;
+      for (int64_t i = 0; i < width; ++i) {
+        vf b = cell_value(T{}, block[i / kPack], i % kPack);
+        vf x = select((vi)(b == hidden), hidden, fma(load(to + i * kM), factor, b * log2e));
+        if (band != nullptr) x = band->cut(v, n + i, x);
+        most = max(most, x);
+        store(to + i * kM, x);
+      }
+    }
+    for (int64_t n = seen; n < count; ++n) store(tile + n * kM + v * VL, hidden);
+    top[v] = max(top[v], most);
+  }
+}
+
 // Applies the options to raw = k q in place. Afterwards visible scores are in log2 units when `modified` (multiply by 1),
 // else still raw (multiply by scale * log2 e), and invisible ones -inf. Takes the running maximum of what it leaves.
 // slopes, if not null, receives d score / d raw of the softcap (backward).
@@ -225,12 +287,20 @@ FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, cons
     const int64_t* st = p.mask_stride;
     load_pairs(p.mask + s.b * st[0] + s.h * st[1] + lanes.m0 * st[2] + n0 * st[3], st[2], st[3], lanes.rows, seen, pairs.mask);
   }
+  Band band = Band::of(lanes, n0, 0, count);
+  bool only_bias = p.bias != nullptr && !(p.softcap > 0.0f) && p.alibi_slopes == nullptr;
+  if (only_bias && !masked && p.bias_stride[2] != 0 && p.bias_stride[3] == 1) {
+    const int64_t* st = p.bias_stride;
+    int64_t at = s.b * st[0] + s.h * st[1] + lanes.m0 * st[2] + n0;
+    auto add = [&](auto* bias) { add_bias(bias + at, st[2], p.scale, lanes, banded ? &band : nullptr, seen, count, tile, top); };
+    if (p.bias_dtype == 0) return add(static_cast<const float*>(p.bias));
+    if (p.bias_dtype == 1) return add(static_cast<const bf16*>(p.bias));
+    return add(static_cast<const f16*>(p.bias));
+  }
   if (p.bias != nullptr) load_bias(p, s, lanes.m0, lanes.rows, n0, seen, pairs.bias);
-  Band band = Band::of(lanes, n0, count);
   vf distance[kVecs];  // from the diagonal to key n0
   for (int v = 0; v < kVecs; ++v)
     distance[v] = __builtin_convertvector(iota() + splat_i(static_cast<int32_t>(lanes.m0 + v * VL + s.diagonal - n0)), vf);
-  bool only_bias = p.bias != nullptr && !(p.softcap > 0.0f) && p.alibi_slopes == nullptr;
   vf inner = splat(p.softcap > 0.0f ? p.scale / p.softcap : p.scale);
   for (int64_t n = 0; n < count; ++n) {
     for (int v = 0; v < kVecs; ++v) {

@@ -2,6 +2,8 @@
 // A is broadcast cell by cell from memory in its natural layout, B and C have kM lanes per row. A cell is 4 bytes: a
 // float, or a pair of bf16 along k for the dot-product instruction. See docs/design/cpu-attention.md for the shapes.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 
 namespace fastattn {
@@ -32,25 +34,39 @@ struct PairCells {
 };
 #endif
 
+// Work that has nothing to do with a product but runs beside it: step() after every `every` steps of the product. A core
+// that is busy with multiply-adds has other pipes idle; out of order execution alone does not look far enough ahead.
+struct NoSide {};
+
 // One register block. A(i, k) = a[i * row + k * col]. epilogue(i, v, value) takes each finished vector.
-template <class Cells, class Epilogue>
+template <class Cells, class Epilogue, class Side = NoSide>
 FASTATTN_INLINE void block_product(const float* a, int64_t row, int64_t col, const float* b, int64_t ldb, int64_t count,
-                                   Epilogue&& epilogue) {
+                                   Epilogue&& epilogue, Side&& side = Side{}) {
   vf acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) acc[i][v] = zero();
-  for (int64_t k = 0; k < count; ++k) {
-    vf bk[kVecs];
+  auto steps = [&](int64_t n) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < n; ++k) {
+      vf bk[kVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) bk[v] = load(b + v * VL);
+      for (int v = 0; v < kVecs; ++v) bk[v] = load(b + v * VL);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
+      for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[i][v] = Cells::mul_add(acc[i][v], a + i * row, bk[v]);
-    a += col;
-    b += ldb;
+        for (int v = 0; v < kVecs; ++v) acc[i][v] = Cells::mul_add(acc[i][v], a + i * row, bk[v]);
+      a += col;
+      b += ldb;
+    }
+  };
+  if constexpr (std::is_same_v<std::decay_t<Side>, NoSide>) {
+    steps(count);
+  } else {
+    for (; count > 0; count -= side.every) {
+      steps(count < side.every ? count : side.every);
+      side.step();
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -80,14 +96,14 @@ static void product_rows(const float* a, int64_t lda, const float* b, int64_t ld
 }
 
 // C[groups * kRows][kM] += A^T B for A stored in groups: [group][group_ld cells apart][k][kRows].
-template <class Cells>
+template <class Cells, class Side = NoSide>
 FASTATTN_INLINE void product_groups(const float* a, int64_t group_ld, const float* b, int64_t ldb, int64_t groups, int64_t count,
-                                    float* c, int64_t ldc, bool accumulate) {
+                                    float* c, int64_t ldc, bool accumulate, Side&& side = Side{}) {
   for (int64_t g = 0; g < groups; ++g, a += group_ld, c += kRows * ldc) {
     if (accumulate)
-      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { add_to(c + i * ldc + v * VL, x); });
+      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { add_to(c + i * ldc + v * VL, x); }, side);
     else
-      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); });
+      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); }, side);
   }
 }
 

@@ -19,6 +19,8 @@ struct Kernels {
   void (*norm_bwd)(const NormBwdParams&);
   void (*rope)(const RopeParams&);
   double (*fma_flops)(bool bf16, int64_t iterations);  // runs a burst on this thread, returns the FLOPs it did
+  // Copies whole lines; `to` is aligned to 64 bytes. ahead: how far ahead of the load to fetch, 0 leaves it to the hardware.
+  void (*copy_bytes)(char* to, const char* from, int64_t bytes, bool around_cache, int64_t ahead);
 };
 
 // The table in use: the best one, unless FASTATTN_CPU_ISA says otherwise.

@@ -1,5 +1,6 @@
-// fma_flops: a burst of independent multiply-adds, the attainable rate that benchmarks divide by.
-#include "simd.h"
+// What benchmarks divide by. fma_flops: a burst of independent multiply-adds. copy_bytes: one of several ways to copy, of which
+// the fastest counts: whole vectors, around the cache or through it, with the lines far ahead fetched or left to the hardware.
+#include "rows.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -41,6 +42,23 @@ double fma_flops(bool bf16, int64_t iterations) {
   (void)bf16;  // without dot products the fp32 rate is the attainable one
   vf x = splat(0.999f), y = splat(0.001f);
   return burst(iterations, 2.0 * VL, [&](vf a) { return fma(a, x, y); });
+}
+
+void copy_bytes(char* to, const char* from, int64_t bytes, bool around_cache, int64_t ahead) {
+  constexpr int64_t kLine = 64;
+  auto lines = [&](auto put) __attribute__((always_inline)) {
+    for (int64_t i = 0; i + kLine <= bytes; i += kLine) {
+      if (ahead > 0) prefetch(from + i + ahead);
+#pragma GCC unroll 4
+      for (int64_t j = i; j < i + kLine; j += VB) put(to + j, load_i(from + j));
+    }
+  };
+  if (around_cache) {
+    lines([](char* p, vi x) __attribute__((always_inline)) { stream_bits(p, x); });
+    stream_fence();
+  } else {
+    lines([](char* p, vi x) __attribute__((always_inline)) { store_i(p, x); });
+  }
 }
 
 }  // namespace FASTATTN_ISA

@@ -2,9 +2,10 @@
 //   dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)) + dsum      (rms_norm: without mean and mean(g))
 // and over rows dweight = sum(dy * x_hat), dbias = sum(dy).
 // A task is a block of rows whose partial dweight and dbias (float32) go to its own place in a workspace; a second step adds
-// the blocks in order. Blocks depend on the shape alone, so the bits do not depend on the thread count.
-// Four rows at a time: the partial sums are read and written once per four rows.
-// Memory-bound: 3 elements moved per element (4 with dsum), about 20 operations.
+// the blocks in order. Blocks depend on the shape alone, and a row's arithmetic on the row alone, so the bits depend neither
+// on the thread count nor on addresses. A few rows go side by side: a first pass takes their sums, a second reads them again
+// from L1 or L2, so that x and dy come from memory once, and touches weight and the partial sums once for all of them.
+// Memory-bound: 3 elements moved per element (4 with dsum), about 20 operations. docs/design/cpu-norms.md has the ladder.
 #include "kernels.h"
 #include "parallel.h"
 #include "rows.h"
@@ -13,9 +14,10 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr int kGroup = 4;
+// Rows side by side: four share loads best while all is in the cache; memory prefers fewer streams.
+constexpr int kCachedRows = 4, kStreamedRows = 2;
 constexpr int64_t kMaxBlocks = 64, kMinBlockRows = 32, kWorkspaceFloats = 4 << 20;
-constexpr int64_t kChunkPacks = 128;
+constexpr int64_t kChunkPacks = 64;
 
 // float32, in pack order (rows.h), each row of `stride` elements.
 struct Workspace {
@@ -28,46 +30,15 @@ struct Workspace {
 template <class X>
 constexpr float kCancellation = sizeof(X) == 2 ? 16 : 2;
 
-// Sums over a row: of g (when centred) and of g * v, where v is x, or x - mean (when shifted, then of v too).
+// A row's sums of g (when centred) and of g * v, where v is x; or where v is x - mean, then of v too.
 struct Sums {
   double v, g, gv;
 };
 
-template <bool Centred, bool Shifted, class X>
-FASTATTN_INLINE Sums row_sums(int64_t cols, const X* x, const X* dy, const float* weight, float mean) {
-  typedef typename OrderOf<X>::order Order;
-  typedef typename Order::pack pack;
-  constexpr int64_t W = Order::width, kChunk = kChunkPacks * W;
-  vf m = splat(mean);
-  Sums sums{0, 0, 0};
-  struct Chain {
-    pack v, g, gv;
-  };
-  for (int64_t begin = 0; begin < cols; begin += kChunk) {
-    int64_t end = begin + kChunk < cols ? begin + kChunk : cols, i = begin;
-    pack none = splat_pack(Order{}, 0.0f);
-    Chain a{none, none, none}, b = a;
-    auto step = [&](Chain& to, int64_t j, auto n) __attribute__((always_inline)) {
-      pack g = fetch(Order{}, dy + j, n) * take(Order{}, weight + j), v = fetch(Order{}, x + j, n);
-      if constexpr (Shifted) {
-        v = first(v - m, n);
-        to.v += v;
-      }
-      if constexpr (Centred) to.g += g;
-      to.gv += g * v;
-    };
-    for (; i + 2 * W <= end; i += 2 * W) {
-      step(a, i, Whole{});
-      step(b, i + W, Whole{});
-    }
-    for (; i + W <= end; i += W) step(a, i, Whole{});
-    if (i < end) step(b, i, end - i);
-    if constexpr (Shifted) sums.v += reduce_add(a.v + b.v);
-    if constexpr (Centred) sums.g += reduce_add(a.g + b.g);
-    sums.gv += reduce_add(a.gv + b.gv);
-  }
-  return sums;
-}
+// What dx and dweight of a row need beyond its elements.
+struct Coefficients {
+  float mean, rstd, shift, g_mean, gx_mean;
+};
 
 // A tensor's R rows from `row` on; they lie one stride apart, which keeps addresses in few registers.
 template <class X>
@@ -84,43 +55,88 @@ FASTATTN_INLINE Group<X> group_of(const Rows& rows, int64_t row, int count) {
   return {data, count > 1 ? row_of<X>(rows, row + 1) - data : 0};
 }
 
-// Do rows row .. row + kGroup - 1 lie one stride apart?
-template <class X>
-FASTATTN_INLINE bool regular(const Rows& rows, int64_t row) {
+// Do `count` rows from `row` on lie one stride apart?
+FASTATTN_INLINE bool regular(const Rows& rows, int64_t row, int count) {
   if (rows.data == nullptr || rows.ndim <= 1) return true;
   int64_t inner = rows.shape[rows.ndim - 1];
-  return row / inner == (row + kGroup - 1) / inner;
+  return row / inner == (row + count - 1) / inner;
+}
+
+// The sums of R rows side by side. With `mean` (of one row) v is x - mean.
+template <bool Centred, bool Shifted, int R, class X>
+FASTATTN_INLINE void row_sums(int64_t cols, Group<X> x, Group<X> dy, const float* weight, float mean, Sums (&sums)[R]) {
+  typedef typename OrderOf<X>::order Order;
+  typedef typename Order::pack pack;
+  constexpr int64_t W = Order::width, kChunk = kChunkPacks * W;
+  vf m = splat(mean);
+  for (Sums& s : sums) s = {0, 0, 0};
+  for (int64_t begin = 0; begin < cols; begin += kChunk) {
+    int64_t end = begin + kChunk < cols ? begin + kChunk : cols, i = begin;
+    pack sum_v[R], sum_g[R], sum_gv[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum_v[r] = sum_g[r] = sum_gv[r] = splat_pack(Order{}, 0.0f);
+    auto step = [&](int64_t j, auto n) __attribute__((always_inline)) {
+      pack w = take(Order{}, weight + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        pack g = fetch(Order{}, dy.row(r) + j, n) * w, v = fetch(Order{}, x.row(r) + j, n);
+        if constexpr (Shifted) {
+          v = first(v - m, n);
+          sum_v[r] += v;
+        }
+        if constexpr (Centred) sum_g[r] += g;
+        sum_gv[r] += g * v;
+      }
+    };
+    for (; i + W <= end; i += W) step(i, Whole{});
+    if (i < end) step(i, end - i);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      if constexpr (Shifted) sums[r].v += reduce_add(sum_v[r]);
+      if constexpr (Centred) sums[r].g += reduce_add(sum_g[r]);
+      sums[r].gv += reduce_add(sum_gv[r]);
+    }
+  }
 }
 
 template <bool Centred, class X, int R>
-FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float* weight, float* dweight, float* dbias,
-                               bool around_cache) {
+static __attribute__((noinline)) void coefficients_of(const NormBwdParams& p, int64_t row, Group<X> x, Group<X> dy,
+                                                      const float* weight, Coefficients (&rows)[R]) {
+  double n = static_cast<double>(p.cols);
+  Sums sums[R];
+  row_sums<Centred, false>(p.cols, x, dy, weight, 0.0f, sums);
+  for (int r = 0; r < R; ++r) {
+    float mean = Centred ? p.mean[row + r] : 0.0f, rstd = p.rstd[row + r];
+    Sums of_row[1] = {sums[r]};
+    if (Centred && !(__builtin_fabsf(mean) * rstd <= kCancellation<X>))
+      row_sums<Centred, true>(p.cols, Group<X>{x.row(r)}, Group<X>{dy.row(r)}, weight, mean, of_row);
+    else
+      of_row[0].gv -= mean * of_row[0].g;
+    double left = of_row[0].v / n;  // of the mean, which was rounded to float32
+    rows[r] = {mean, rstd, static_cast<float>(-left * rstd), static_cast<float>(of_row[0].g / n),
+               static_cast<float>((of_row[0].gv - left * of_row[0].g) * rstd / n)};
+  }
+}
+
+// The second pass over R rows: dx and, when Weighs, their part of dweight and dbias.
+template <bool Centred, bool Weighs, bool Adds, bool Around, class X, int R>
+static __attribute__((noinline)) void write_rows(int64_t cols, Group<X> x, Group<X> dy, Group<X> dsum, const float* weight,
+                                                 const Coefficients* rows, X* dx, float* dweight, float* dbias) {
   typedef typename OrderOf<X>::order Order;
   typedef typename Order::pack pack;
-  const Group<X> x = group_of<X>(p.x, row, R), dy = group_of<X>(p.dy, row, R), dsum = group_of<X>(p.dsum, row, R);
-  int64_t cols = p.cols;
-  X* dx = static_cast<X*>(p.dx) + row * cols;
   vf mean[R], rstd[R], shift[R], g_mean[R], gx_mean[R];
-  bool adds = dsum.data != nullptr;
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    float m = Centred ? p.mean[row + r] : 0.0f, s = p.rstd[row + r];
-    double n = static_cast<double>(cols), left = 0;  // of the mean, which was rounded to float32
-    Sums sums;
-    if (Centred && !(__builtin_fabsf(m) * s <= kCancellation<X>)) {
-      sums = row_sums<Centred, true>(cols, x.row(r), dy.row(r), weight, m);
-      left = sums.v / n;
-    } else {
-      sums = row_sums<Centred, false>(cols, x.row(r), dy.row(r), weight, 0.0f);
-      sums.gv -= m * sums.g;
-    }
-    mean[r] = splat(m);
-    rstd[r] = splat(s);
-    shift[r] = splat(static_cast<float>(-left * s));
-    g_mean[r] = splat(static_cast<float>(sums.g / n));
-    gx_mean[r] = splat(static_cast<float>((sums.gv - left * sums.g) * s / n));
+    mean[r] = splat(rows[r].mean);
+    rstd[r] = splat(rows[r].rstd);
+    shift[r] = splat(rows[r].shift);
+    g_mean[r] = splat(rows[r].g_mean);
+    gx_mean[r] = splat(rows[r].gx_mean);
   }
   auto column = [&](int64_t i, auto n) __attribute__((always_inline)) {
-    pack w = take(Order{}, weight + i), dw = splat_pack(Order{}, 0.0f), db = dw;
+    pack w = take(Order{}, weight + i), dw, db;
+    if constexpr (Weighs) dw = take(Order{}, dweight + i);
+    if constexpr (Weighs && Centred) db = take(Order{}, dbias + i);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       pack d = fetch(Order{}, dy.row(r) + i, n), h = fetch(Order{}, x.row(r) + i, n);
@@ -129,43 +145,57 @@ FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float*
         prefetch(dy.row(r + R) + i);
       }
       h = Centred ? (h - mean[r]) * rstd[r] + shift[r] : h * rstd[r];
-      dw += d * h;
-      db += d;
+      if constexpr (Weighs) dw += d * h;
+      if constexpr (Weighs && Centred) db += d;
       pack g = d * w;
       if constexpr (Centred) g = apart(g) - g_mean[r];  // exactly 0 where all g are equal
       pack out = (g - h * gx_mean[r]) * rstd[r];
-      if (adds) out += fetch(Order{}, dsum.row(r) + i, n);
-      if (around_cache)
+      if constexpr (Adds) out += fetch(Order{}, dsum.row(r) + i, n);
+      if constexpr (Around)
         stream(dx + r * cols + i, out);  // only with whole packs
       else
         emit(dx + r * cols + i, out, n);
     }
-    if (dweight != nullptr) keep(dweight + i, take(Order{}, dweight + i) + dw);
-    if (dbias != nullptr) keep(dbias + i, take(Order{}, dbias + i) + db);
+    if constexpr (Weighs) keep(dweight + i, dw);
+    if constexpr (Weighs && Centred) keep(dbias + i, db);
   };
   int64_t i = 0;
   for (; i + Order::width <= cols; i += Order::width) column(i, Whole{});
-  if (i < cols) column(i, cols - i);
+  if constexpr (!Around)
+    if (i < cols) column(i, cols - i);
+}
+
+template <bool Centred, bool Weighs, bool Around, class X, int R>
+FASTATTN_INLINE void group_bwd(const NormBwdParams& p, int64_t row, const float* weight, float* dweight, float* dbias) {
+  const Group<X> x = group_of<X>(p.x, row, R), dy = group_of<X>(p.dy, row, R), dsum = group_of<X>(p.dsum, row, R);
+  Coefficients rows[R];
+  coefficients_of<Centred, X, R>(p, row, x, dy, weight, rows);
+  auto write =
+      dsum.data != nullptr ? write_rows<Centred, Weighs, true, Around, X, R> : write_rows<Centred, Weighs, false, Around, X, R>;
+  write(p.cols, x, dy, dsum, weight, rows, static_cast<X*>(p.dx) + row * p.cols, dweight, dbias);
+}
+
+template <bool Centred, bool Weighs, bool Around, class X>
+void block_bwd(const NormBwdParams& p, const Workspace& work, int64_t block, int64_t begin, int64_t end) {
+  constexpr int R = Around ? kStreamedRows : kCachedRows;
+  float *dweight = work.partial + 2 * block * work.stride, *dbias = dweight + work.stride;
+  if (Weighs) __builtin_memset(dweight, 0, (Centred ? 2 : 1) * work.stride * sizeof(float));
+  int64_t row = begin;
+  while (row < end) {
+    bool whole = row + R <= end && regular(p.x, row, R) && regular(p.dy, row, R) && regular(p.dsum, row, R);
+    if (whole)
+      group_bwd<Centred, Weighs, Around, X, R>(p, row, work.weight, dweight, dbias);
+    else
+      group_bwd<Centred, Weighs, false, X, 1>(p, row, work.weight, dweight, dbias);
+    row += whole ? R : 1;
+  }
+  if (Around) stream_fence();
 }
 
 template <bool Centred, class X>
-void block_bwd(const NormBwdParams& p, const Workspace& work, int64_t block, int64_t begin, int64_t end, bool around_cache) {
-  float* dweight = p.dweight != nullptr ? work.partial + (2 * block) * work.stride : nullptr;
-  float* dbias = p.dbias != nullptr ? work.partial + (2 * block + 1) * work.stride : nullptr;
-  for (int64_t i = 0; i < work.stride; ++i) {
-    if (dweight != nullptr) dweight[i] = 0;
-    if (dbias != nullptr) dbias[i] = 0;
-  }
-  int64_t row = begin;
-  while (row < end) {
-    bool whole = row + kGroup <= end && regular<X>(p.x, row) && regular<X>(p.dy, row) && regular<X>(p.dsum, row);
-    if (whole)
-      group_bwd<Centred, X, kGroup>(p, row, work.weight, dweight, dbias, around_cache);
-    else
-      group_bwd<Centred, X, 1>(p, row, work.weight, dweight, dbias, around_cache);
-    row += whole ? kGroup : 1;
-  }
-  if (around_cache) stream_fence();
+auto block_kernel(bool weighs, bool around) {
+  if (weighs) return around ? block_bwd<Centred, true, true, X> : block_bwd<Centred, true, false, X>;
+  return around ? block_bwd<Centred, false, true, X> : block_bwd<Centred, false, false, X>;
 }
 
 template <class Order, class W>
@@ -202,7 +232,7 @@ void blocks_bwd(const NormBwdParams& p) {
   if (blocks > kMaxBlocks) blocks = kMaxBlocks;
   if (blocks < 4) blocks = 4;
   int64_t per_block = (p.rows + blocks - 1) / blocks;
-  per_block = per_block > kMinBlockRows ? (per_block + kGroup - 1) / kGroup * kGroup : kMinBlockRows;
+  per_block = per_block > kMinBlockRows ? (per_block + kCachedRows - 1) / kCachedRows * kCachedRows : kMinBlockRows;
   blocks = (p.rows + per_block - 1) / per_block;
   float* scratch = static_cast<float*>(thread_scratch((1 + 2 * blocks) * stride * 4));
   Workspace work{scratch, scratch + stride, stride};
@@ -210,13 +240,13 @@ void blocks_bwd(const NormBwdParams& p) {
   int64_t moved = p.rows * p.cols * static_cast<int64_t>(sizeof(X)) * (p.dsum.data != nullptr ? 4 : 3);
   bool around_cache = moved > kNonTemporalBytes && streamable(static_cast<X*>(p.dx), p.cols);
   int nthreads = p.rows * p.cols < kParallelElements ? 1 : p.nthreads;
+  auto run = p.centred ? block_kernel<true, X>(p.dweight != nullptr || p.dbias != nullptr, around_cache)
+                       : block_kernel<false, X>(p.dweight != nullptr, around_cache);
   parallel_for(nthreads, blocks, [&](int64_t block) {
     int64_t begin = block * per_block, end = begin + per_block < p.rows ? begin + per_block : p.rows;
-    if (p.centred)
-      block_bwd<true, X>(p, work, block, begin, end, around_cache);
-    else
-      block_bwd<false, X>(p, work, block, begin, end, around_cache);
+    run(p, work, block, begin, end);
   });
+  if (p.dweight == nullptr && p.dbias == nullptr) return;
   constexpr int64_t kColumns = 1024;
   parallel_for(nthreads, (p.cols + kColumns - 1) / kColumns, [&](int64_t task) {
     int64_t begin = task * kColumns, end = begin + kColumns < p.cols ? begin + kColumns : p.cols;

@@ -13,6 +13,7 @@ void norm_fwd(const NormParams&);
 void norm_bwd(const NormBwdParams&);
 void rope(const RopeParams&);
 double fma_flops(bool bf16, int64_t iterations);
+void copy_bytes(char* to, const char* from, int64_t bytes, bool around_cache, int64_t ahead);
 
 #define FASTATTN_NAME(isa) FASTATTN_STRING(isa)
 #define FASTATTN_STRING(text) #text
@@ -29,6 +30,7 @@ const Kernels table = {
     norm_bwd,
     rope,
     fma_flops,
+    copy_bytes,
 };
 
 }  // namespace FASTATTN_ISA

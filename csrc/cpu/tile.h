@@ -76,22 +76,41 @@ FASTATTN_INLINE void rows_to_lanes(const T* from, int64_t stride, int64_t rows, 
   }
 }
 
+// Two columns as cells of one: 16-bit results need half the transposes.
+FASTATTN_INLINE vi narrow_pair(bf16, vf x, vf y) { return (vi)((vu)round_bf16(x) >> 16) | (round_bf16(y) & (int32_t)0xffff0000); }
+FASTATTN_INLINE vi narrow_pair(f16, vf x, vf y) {
+  return __builtin_convertvector(narrow_f16(x), vi) | (__builtin_convertvector(narrow_f16(y), vi) << 16);
+}
+
 // The inverse for results: row `lane` of `to` gets from[col][lane] * factor[lane], rounded to T.
 template <class T>
 FASTATTN_INLINE void lanes_to_rows(const float* from, const float* factor, int64_t rows, int64_t cols, T* to, int64_t stride) {
+  constexpr int kPack = 4 / sizeof(T);
   for (int64_t lane = 0; lane < kM && lane < rows; lane += VL) {
     vf scale = load(factor + lane);
-    for (int64_t c = 0; c < cols; c += VL) {
+    for (int64_t c = 0; c < cols; c += kPack * VL) {
       vi block[VL];
-      int64_t n = min64(VL, cols - c), lanes = min64(VL, rows - lane);
-      for (int i = 0; i < VL; ++i) block[i] = i < n ? as_int(load(from + (c + i) * kM + lane) * scale) : splat_i(0);
+      int64_t n = min64(kPack * VL, cols - c), lanes = min64(VL, rows - lane);
+      auto columns = [&](auto&& column) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) {
+          if constexpr (kPack == 2)
+            block[i] = narrow_pair(T{}, column(2 * i), column(2 * i + 1));
+          else
+            block[i] = as_int(column(i));
+        }
+      };
+      if (n == kPack * VL)
+        columns([&](int64_t i) { return load(from + (c + i) * kM + lane) * scale; });
+      else
+        columns([&](int64_t i) { return i < n ? load(from + (c + i) * kM + lane) * scale : zero(); });
       transpose(block);
       for (int i = 0; i < lanes; ++i) {
         T* row = to + (lane + i) * stride + c;
-        if (n == VL)
-          store(row, as_float(block[i]));
+        if (n == kPack * VL)
+          store_i(row, block[i]);
         else
-          store_n(row, as_float(block[i]), n);
+          __builtin_memcpy(row, &block[i], n * sizeof(T));
       }
     }
   }
@@ -155,11 +174,28 @@ FASTATTN_INLINE Part lanes_part(vi x, int g) {
 template <class Cells, class T>
 FASTATTN_INLINE vi group_rows(const T* a, const T* b, int64_t cols, int64_t k, int64_t group_ld, float* to) {
   vi bad = splat_i(0);
-  for (int64_t c = 0; c < cols; c += VL) {
+  typedef int32_t part __attribute__((vector_size(kRows * 4), aligned(4), may_alias));
+  int64_t c = 0;
+#if VB == 64
+  if constexpr (Cells::kPerCell == 2) {  // 32 columns at a time, while both rows have them
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                         35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    __m512i most = _mm512_setzero_si512();  // magnitudes: the largest tells of inf and NaN
+    for (; b != nullptr && c + 2 * VL <= cols; c += 2 * VL) {
+      __m512i x = (__m512i)load_i(a + c), y = (__m512i)load_i(b + c), sign = _mm512_set1_epi16(0x7fff);
+      most = _mm512_max_epu16(most, _mm512_max_epu16(_mm512_and_si512(x, sign), _mm512_and_si512(y, sign)));
+      vi cells[2] = {(vi)_mm512_permutex2var_epi16(x, low, y), (vi)_mm512_permutex2var_epi16(x, high, y)};
+      float* at = to + c / kRows * group_ld + k * kRows;
+      for (int g = 0; g < 4; ++g) *reinterpret_cast<part*>(at + g * group_ld) = lanes_part<part>(cells[g / 2], g % 2);
+    }
+    bad = not_finite((vi)most << 16) | not_finite((vi)most);
+  }
+#endif
+  for (; c < cols; c += VL) {
     vi x = column_cells<Cells>(a, b, c, cols);
     bad |= Cells::kPerCell == 2 ? not_finite(x << 16) | not_finite(x) : not_finite(x);
     float* at = to + c / kRows * group_ld + k * kRows;
-    typedef int32_t part __attribute__((vector_size(kRows * 4), aligned(4), may_alias));
 #pragma GCC unroll 4
     for (int g = 0; g < VL / kRows; ++g)
       if (c + g * kRows < cols) *reinterpret_cast<part*>(at + g * group_ld) = lanes_part<part>(x, g);
@@ -167,13 +203,14 @@ FASTATTN_INLINE vi group_rows(const T* a, const T* b, int64_t cols, int64_t k, i
   return bad;
 }
 
-// Rows that will be read soon, fetched into L2 a few at a time between products.
+// Rows that will be read (or written) soon, fetched into L2 a few at a time between products.
 struct Ahead {
   const char* base = nullptr;
   int64_t stride = 0, bytes = 0, rows = 0, done = 0;
+  template <bool kWrite = false>
   inline void fetch(int64_t count) {
     for (int64_t end = min64(rows, done + count); done < end; ++done)
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + done * stride + i, 0, 2);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + done * stride + i, kWrite, 2);
   }
 };
 
