@@ -42,6 +42,7 @@ std::string hex(const void* data, size_t bytes) {
 }
 
 long current() { return contexts.empty() ? 0 : reinterpret_cast<long>(contexts.back()); }
+CUresult needs_context() { return contexts.empty() ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS; }
 
 }  // namespace
 
@@ -64,10 +65,11 @@ CUresult cuDriverGetVersion(int* version) {
   return CUDA_SUCCESS;
 }
 CUresult cuGetErrorName(CUresult status, const char** text) {
-  *text = status == CUDA_ERROR_INVALID_IMAGE   ? "CUDA_ERROR_INVALID_IMAGE"
-          : status == CUDA_ERROR_NOT_FOUND     ? "CUDA_ERROR_NOT_FOUND"
-          : status == CUDA_ERROR_INVALID_VALUE ? "CUDA_ERROR_INVALID_VALUE"
-                                               : nullptr;
+  *text = status == CUDA_ERROR_INVALID_IMAGE     ? "CUDA_ERROR_INVALID_IMAGE"
+          : status == CUDA_ERROR_NOT_FOUND       ? "CUDA_ERROR_NOT_FOUND"
+          : status == CUDA_ERROR_INVALID_VALUE   ? "CUDA_ERROR_INVALID_VALUE"
+          : status == CUDA_ERROR_INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT"
+                                                 : nullptr;
   return *text ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 CUresult cuGetErrorString(CUresult status, const char** text) {
@@ -91,6 +93,7 @@ CUresult cuCtxPushCurrent(CUcontext context) {
   return CUDA_SUCCESS;
 }
 CUresult cuCtxPopCurrent(CUcontext* context) {
+  if (CUresult failed = needs_context()) return failed;
   *context = contexts.back();
   contexts.pop_back();
   return CUDA_SUCCESS;
@@ -100,6 +103,7 @@ CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
   return CUDA_SUCCESS;
 }
 CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned count, CUjit_option* options, void** values) {
+  if (CUresult failed = needs_context()) return failed;
   bool elf = std::memcmp(image,
                          "\x7f"
                          "ELF",
@@ -113,11 +117,13 @@ CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned count,
   return CUDA_ERROR_INVALID_IMAGE;
 }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
+  if (CUresult failed = needs_context()) return failed;
   note("function %s\n", name);
   *function = reinterpret_cast<CUfunction>(77);
   return std::strstr(name, "absent") ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
 }
 CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute attribute, int value) {
+  if (CUresult failed = needs_context()) return failed;
   const char* name = attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES       ? "shared"
                      : attribute == CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED ? "wide_clusters"
                                                                                         : "unexpected";
@@ -125,6 +131,7 @@ CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute attribute, int valu
   return value <= 227 << 10 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** params, void** extra) {
+  if (CUresult failed = needs_context()) return failed;
   if (silent) return CUDA_SUCCESS;
   unsigned cluster =
       c->numAttrs == 1 && c->attrs[0].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION ? c->attrs[0].value.clusterDim.x : 1;
@@ -140,6 +147,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
                                 const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                                 CUtensorMapFloatOOBfill fill) {
+  if (CUresult failed = needs_context()) return failed;
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0) return CUDA_ERROR_INVALID_VALUE;
   std::string text = "encode type=" + std::to_string(type) + " sizes=";
   for (unsigned i = 0; i < rank; ++i) text += std::to_string(sizes[i]) + ",";
   text += " strides=";
@@ -152,6 +161,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   return CUDA_SUCCESS;
 }
 CUresult cuTensorMapReplaceAddress(CUtensorMap* map, void* address) {
+  if (CUresult failed = needs_context()) return failed;
+  if (reinterpret_cast<uintptr_t>(map) % 64 != 0) return CUDA_ERROR_INVALID_VALUE;
   map->opaque[0] = reinterpret_cast<uintptr_t>(address);
   return CUDA_SUCCESS;
 }

@@ -150,9 +150,11 @@ def test_every_verb_has_its_stand_in() -> None:
         found = re.compile(r"^(?:template <[^>]*>\s)?__forceinline__ [^(]*?(\w+)(?:<\w+>)?\(", re.MULTILINE)
         return {file.name: set(found.findall(file.read_text())) for file in folder.glob("*.cuh")}
 
-    real, ours = verbs(sources.folder() / "ptx"), verbs(build.HERE / "ptx")
-    assert real.keys() == ours.keys()
-    assert all(real[name] and real[name] <= ours[name] for name in real)
+    place = sources.folder() / "ptx"
+    real, ours = verbs(place), verbs(build.HERE / "ptx")
+    with_asm = {name for name in real if "asm" in (place / name).read_text().replace("No asm", "")}
+    assert with_asm <= ours.keys() <= real.keys()  # a header without asm is taken as it is
+    assert all(real[name] and real[name] <= ours[name] for name in ours)
 
 
 def test_libraries_are_compiled_once() -> None:

@@ -5,6 +5,7 @@ Each kernel of emulator/kernels/faults.cuh makes the mistake that it is asked fo
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -149,3 +150,17 @@ def test_a_thread_may_poll_and_polling_for_ever_is_found() -> None:
 
     run(0)
     assert "livelock" in found(run, 1)
+
+
+@pytest.mark.parametrize("fault", [0, 1, 2])
+def test_a_turn_orders_blocks_when_it_is_passed_and_looked_at(fault: int) -> None:
+    out = torch.zeros(2, 32)
+    turn = functools.partial(
+        trial, "turn_kernel", out, torch.zeros(1, dtype=torch.int32), file=FILE, grid=2, fault=fault
+    )
+    if fault:
+        with pytest.raises(emulator.EmulatorError, match=r"race: reads .* block \(0, 0, 0\), thread .* nothing orders"):
+            turn()
+        return
+    turn()
+    assert out[1].tolist() == [32.0 - i for i in range(32)]

@@ -86,6 +86,11 @@ def test_tma_knows_its_rules() -> None:
     x = torch.zeros(4, 60).bfloat16()
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         trial("box_kernel", x, constants=("2",), maps=(TensorMap(x, (60, 4), (60,), (8, 4)),))
+    narrow = TensorMap(torch.zeros(4, 64).bfloat16(), (64, 4), (64,), (32, 4), 128)
+    with pytest.raises(emulator.EmulatorError, match="rows of 64 bytes with a swizzle of 128"):
+        trial(
+            "box_kernel", x, b=torch.zeros(2, dtype=torch.int32), constants=("2",), shared=1032, n=256, maps=(narrow,)
+        )
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -43,16 +43,29 @@ def neighbours(fault: int, seed: int = 0) -> None:
     assert out.tolist() == [2, 1]
 
 
+def registers(fault: int, seed: int = 0, threads: int = 256) -> None:
+    out = torch.zeros(2)
+    trial("registers_kernel", out, file=FILE, threads=threads, fault=fault, seed=seed)
+    assert out.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("run", [product, plain_product, neighbours])
+@pytest.mark.parametrize("run", [product, plain_product, neighbours, registers])
 def test_without_a_mistake_they_pass(run: Any, seed: int) -> None:
     run(0, seed)
     if run is neighbours:
         run(5, seed)
+    if run is product:
+        run(25, seed)
+
+
+def test_a_block_is_no_larger_than_its_launch_bounds() -> None:
+    with pytest.raises(emulator.EmulatorError, match="384 threads, of which its __launch_bounds__ allow 256"):
+        registers(0, threads=384)
 
 
 TOO_EARLY = "while an asynchronous copy into it is under way|race: |never written"
-UNFENCED = "fence_async_shared by the writer and then a barrier are missing"
+UNFENCED = "fence_async_shared by that thread and then a barrier are missing"
 MISTAKES = {
     "arrivals: one too many awaited": (product, 1, "deadlock.*awaits 1 of 5 arrivals"),
     "missing fence_barrier_init": (product, 2, "initialised without fence_barrier_init"),
@@ -62,7 +75,7 @@ MISTAKES = {
     "transaction count too large": (product, 6, "deadlock.*awaits . of 1 arrivals and 16 bytes"),
     "transaction count too small": (product, 7, f"wrong transaction count|{TOO_EARLY}"),
     "tile off its swizzle": (product, 8, "misaligned: tma_load .* not a multiple of 1024"),
-    "registers over the budget": (product, 9, "deadlock.*registers_raise .the block's 65536 registers are taken"),
+    "registers over the budget": (product, 9, "deadlock.*registers_raise .the block's registers are taken"),
     "consumer waits for the wrong phase": (product, 10, TOO_EARLY),
     "missing wgmma_fence": (product, 11, "wgmma without wgmma_fence"),
     "descriptor stride too small": (product, 12, "the descriptor's offsets .leading 16, stride 512. overlap"),
@@ -81,6 +94,17 @@ MISTAKES = {
     "proxy fence behind the barrier": (plain_product, 2, UNFENCED),
     "operand overwritten under wgmma": (plain_product, 3, "race: writes shared memory .* which wgmma at .* read"),
     "accumulator read before the wait": (plain_product, 4, "a register that wgmma at .* is still computing"),
+    "tile overwritten by TMA behind ordinary reads": (product, 24, f"a bulk load writes .* read.*{UNFENCED}"),
+    "accumulator written behind wgmma_fence": (product, 26, "writes a register behind wgmma_fence"),
+    "mbarrier made twice": (product, 27, "mbarrier_init of an mbarrier"),
+    "descriptor of a tile off 16 bytes": (plain_product, 5, "an argument that the hardware does not take"),
+    "read as constant what the kernel wrote": (plain_product, 6, "as constant .ld.global.nc., which the kernel wrote"),
+    "more registers than two blocks leave": (registers, 1, "deadlock.*the block's registers are taken"),
+    "one warp keeps its registers": (registers, 2, "do not change their registers equally often"),
+    "registers lowered to more": (registers, 3, "registers_lower to 160, where the warp has 128"),
+    "registers raised to fewer": (registers, 4, "registers_raise to 32, where the warp has 40"),
+    "warps of a group raise at two places": (registers, 5, "change their registers at different places"),
+    "a lane leaves before the cluster's barrier": (neighbours, 6, "needs all 32 lanes|exits while"),
     "missing cluster_sync": (neighbours, 1, "never written|race: reads"),
     "no such block in the cluster": (neighbours, 2, "load_cluster from block 2 of a cluster of 2"),
 }

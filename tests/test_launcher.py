@@ -135,6 +135,17 @@ def test_the_current_context_of_the_caller_is_kept(stub):
     assert stub.stub_current() == 141
 
 
+def test_a_thread_without_a_context_may_launch_and_encode(stub):
+    found = []
+    tensor = torch.empty(16, 8, dtype=torch.int64)  # of a type whose map no other test has encoded
+    values = _values(tensor, map=cuda.TensorMap(tensor, (8, 16), (8,), BOX))
+    thread = threading.Thread(target=lambda: found.append(cuda.run(probe(), (1, 1, 1), values, GPUS[1])))
+    thread.start()
+    thread.join()
+    assert found == [None] and len(_notes(stub, "encode")) == 1
+    assert [n["context"] for n in _notes(stub, "launch")] == ["141"]
+
+
 def test_loading_is_allowed_while_a_graph_is_captured_and_launching_does_nothing_else(stub):
     values = _values(torch.empty(16, 8, dtype=torch.int32))
     for _ in range(3):
@@ -196,7 +207,7 @@ def test_a_tensor_map_is_encoded_once_and_follows_its_tensor(stub):
         ({"box": (6, 4)}, "a multiple of 16 bytes"),
         ({"swizzle": 16}, "0, 32, 64 or 128"),
         ({"box": (32, 4), "swizzle": 32}, "within the swizzle"),
-        ({"sizes": (8, 0)}, "1 to 2\\^32"),
+        ({"sizes": (8, 0)}, "1 to 2\\^31"),
         ({"tensor": torch.empty(16, 8, dtype=torch.complex64)}, "one that TMA knows"),
         ({"tensor": torch.empty(64, dtype=torch.float16)[1:]}, "multiple of 16 bytes"),
     ],

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -175,9 +176,7 @@ void put_value(const Loaded& k, const Field& field, char* to, PyObject* value) {
       return put(to, value == Py_None ? nullptr : address_of(k, field, value));
     case Kind::map: {
       if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 5) fail_at(k, field, "must be a TensorMap");
-      TensorMap encoded;
-      encode(*k.driver, value, address_of(k, field, PyTuple_GET_ITEM(value, 0)), &encoded);
-      return put(to, encoded);
+      return encode(*k.driver, value, address_of(k, field, PyTuple_GET_ITEM(value, 0)), new (to) TensorMap);
     }
   }
 }
@@ -197,6 +196,7 @@ void launch_kernel(const Loaded& k, uintptr_t stream, const py::tuple& grid, con
   if (count != k.fields.size())
     fail(k, "its parameters have " + std::to_string(k.fields.size()) + " fields, got " + std::to_string(count) + " values");
   if (grid.size() != 3) fail(k, "its grid must have three dimensions, got " + py::repr(grid).cast<std::string>());
+  Current current(*k.driver, k.context);  // encoding tensor maps asks for a context too, and a new thread has none
   alignas(64) char params[kMaxParams];
   std::memset(params, 0, k.bytes);
   for (size_t i = 0; i < count; ++i)
@@ -219,7 +219,6 @@ void launch_kernel(const Loaded& k, uintptr_t stream, const py::tuple& grid, con
   Result status;
   {
     py::gil_scoped_release release;  // the call waits when the queue of launches is full
-    Current current(*k.driver, k.context);
     status = k.driver->LaunchKernelEx(&config, k.function, arguments, nullptr);
   }
   if (status != 0)

@@ -52,7 +52,7 @@ int64_t read(py::handle map, int item, int64_t* out) {
   return PyTuple_GET_SIZE(tuple);
 }
 
-TensorMap encode_anew(const Driver& d, py::handle map, const Shape& shape, void* address) {
+void encode_anew(const Driver& d, py::handle map, const Shape& shape, void* address, TensorMap* out) {
   map.attr("check")();
   int type = map.attr("type_code").cast<int>();
   int64_t bytes_each = map.attr("tensor").attr("element_size")().cast<int64_t>();
@@ -64,13 +64,11 @@ TensorMap encode_anew(const Driver& d, py::handle map, const Shape& shape, void*
     strides[i] = static_cast<uint64_t>(shape.strides[i] * bytes_each);
   }
   int swizzle = shape.swizzle == 128 ? 3 : static_cast<int>(shape.swizzle) / 32;  // CU_TENSOR_MAP_SWIZZLE_NONE, 32B, 64B, 128B
-  TensorMap encoded;
-  Result status = d.TensorMapEncodeTiled(&encoded, type, static_cast<uint32_t>(shape.rank), address, sizes, strides, box, ones,
+  Result status = d.TensorMapEncodeTiled(out, type, static_cast<uint32_t>(shape.rank), address, sizes, strides, box, ones,
                                          kInterleaveNone, swizzle, kPromote128, kFillZeros);
   if (status != 0)
     throw std::runtime_error("cuTensorMapEncodeTiled failed with " + words(d, status) + " for " +
                              py::repr(map).cast<std::string>());
-  return encoded;
 }
 
 }  // namespace
@@ -94,7 +92,7 @@ void encode(const Driver& d, py::handle map, void* address, TensorMap* out) {
       return;
     }
   }
-  *out = encode_anew(d, map, shape, address);
+  encode_anew(d, map, shape, address, out);
   std::lock_guard<std::mutex> lock(guard);
   if (kept.size() >= kMostKept) kept.clear();
   kept.emplace(shape, *out);

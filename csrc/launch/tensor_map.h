@@ -7,7 +7,8 @@
 
 namespace fastattn::cuda {
 
-// `address` is where the map's tensor lies. Throws ValueError's words when a rule of the driver is broken.
+// `address` is where the map's tensor lies. Throws ValueError's words when a rule of the driver is broken. The driver asks that
+// `out` lies at a multiple of 64 bytes: a place in memory that somebody aligned, since compilers do not align temporaries so.
 void encode(const Driver& d, pybind11::handle map, void* address, TensorMap* out);
 
 }  // namespace fastattn::cuda

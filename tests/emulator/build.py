@@ -37,6 +37,8 @@ _KERNEL = (
     "-Wno-unknown-pragmas",
     "-Werror=frame-larger-than=49152",  # a fibre's stack has 64 KiB
 )
+# template <class T, int N> __global__ void __launch_bounds__(2 * N, 1) name(
+_BOUNDS = r"(template\s*<[^{{}};]*?>\s*)?__global__\s+void\s+__launch_bounds__\(([^{{}};]*?)\)\s*{name}\s*\("
 _INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 
@@ -122,6 +124,7 @@ def _object(kernel: cuda.Kernel, folder: Path | None) -> Path:
     folders = (HERE, sources.folder()) if folder is None else (HERE, folder, sources.folder())
     called = str(kernel) if kernel.constants else kernel.name
     program = f"#include <{kernel.file}>\n#include <entry.h>\nEMULATOR_KERNEL({called})\n"
+    program += _bounds(kernel, folders)
     arch = f"-D__CUDA_ARCH__={900 if kernel.hopper else 10 * cuda.EMULATED_ARCH}"
     texts: dict[str, str] = {}
     for name in (kernel.file, "cuda.h", "entry.h"):
@@ -134,6 +137,17 @@ def _object(kernel: cuda.Kernel, folder: Path | None) -> Path:
             includes = [f"-I{f}" for f in folders]
             _compile([COMPILER, *_KERNEL, arch, "-include", "cuda.h", *includes, "-c", "-o", str(out), str(source)])
     return path
+
+
+def _bounds(kernel: cuda.Kernel, folders: tuple[Path, ...]) -> str:
+    """C++ that evaluates the kernel's __launch_bounds__ for this specialisation."""
+    text = next((f / kernel.file).read_text() for f in folders if (f / kernel.file).is_file())
+    found = re.search(_BOUNDS.format(name=kernel.name), text)
+    if found is None:
+        raise RuntimeError(f"{kernel.file} must declare {kernel.name} with __launch_bounds__: registers follow from it")
+    constants = f"<{', '.join(kernel.constants)}>" if kernel.constants else ""
+    declared = f"{found[1] or ''}constexpr emulator::Bounds emulator_bounds_of = {{{found[2]}}};\n"
+    return f"{declared}EMULATOR_BOUNDS(emulator_bounds_of{constants})\n"
 
 
 @functools.cache

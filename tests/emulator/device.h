@@ -31,12 +31,16 @@ u32 match_any(u32 mask, u64 value);
 u32 active_lanes();
 void sleep();
 [[noreturn]] void trap();
+[[noreturn]] void broken_rule();  // of ptx/core.cuh's must
 
 // Atomic operations on shared or global memory; they return what was there before.
 enum AtomicOp : u32 { kAdd, kMin, kMax, kExchange, kCompare, kAnd, kOr, kXor, kMinSigned, kMaxSigned };
 u32 atomic_u32(void* p, AtomicOp op, u32 value, u32 compare);
 u64 atomic_u64(void* p, AtomicOp op, u64 value, u64 compare);
 float atomic_f32(void* p, float value);
+// The same in one direction: sees what was before the additions that made the number; lets others see what was before it.
+u32 load_acquire(const void* p);
+void add_release(void* p, u32 value);
 
 // 16 bytes of global or shared memory.
 struct Words {

@@ -2,6 +2,10 @@
 #pragma once
 
 namespace emulator {
+// What __launch_bounds__ says: the most threads of a block, and how many blocks shall fit into a multiprocessor.
+struct Bounds {
+  unsigned threads, blocks = 1;
+};
 template <class Params>
 constexpr unsigned long params_size(void (*)(Params)) {
   return sizeof(Params);
@@ -11,6 +15,10 @@ inline void call(void (*kernel)(Params), const void* params) {
   kernel(*static_cast<const Params*>(params));
 }
 }  // namespace emulator
+
+#define EMULATOR_BOUNDS(...)                                                          \
+  extern "C" __attribute__((visibility("default"))) emulator::Bounds emulator_bounds; \
+  emulator::Bounds emulator_bounds = __VA_ARGS__;
 
 #define EMULATOR_KERNEL(...)                                                            \
   extern "C" __attribute__((visibility("default"))) unsigned long emulator_params_size; \

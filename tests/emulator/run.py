@@ -26,6 +26,10 @@ class EmulatorError(RuntimeError):
     """A kernel did what a GPU does not allow, or leaves to chance."""
 
 
+class _Bounds(ctypes.Structure):
+    _fields_ = (("threads", ctypes.c_uint), ("blocks", ctypes.c_uint))
+
+
 class _Storage(ctypes.Structure):
     _fields_ = (
         ("begin", ctypes.c_uint64),
@@ -49,7 +53,8 @@ def run(launch: cuda.Launch, seed: int = 0, folder: Path | None = None) -> None:
         raise EmulatorError(
             f"{kernel}: its parameters have {size} bytes, {kernel.layout.name} has {kernel.layout.size}"
         )
-    _check_limits(launch)
+    bounds = _Bounds.in_dll(library, "emulator_bounds")
+    _check_limits(launch, bounds)
     storages, kept = _storages(launch)
     values = [_encoded(v) if isinstance(v, cuda.TensorMap) else v for v in launch.values]
     packed = ctypes.create_string_buffer(kernel.layout.pack(values), size + 64)
@@ -64,6 +69,7 @@ def run(launch: cuda.Launch, seed: int = 0, folder: Path | None = None) -> None:
             sizes,
             kernel.cluster,
             kernel.shared,
+            _registers(bounds),
             seed,
             ENGINES * kernel.cluster if kernel.hopper or kernel.cluster > 1 else 0,
             storages,
@@ -76,7 +82,12 @@ def run(launch: cuda.Launch, seed: int = 0, folder: Path | None = None) -> None:
         raise EmulatorError(f"{kernel}: {text}")
 
 
-def _check_limits(launch: cuda.Launch) -> None:
+def _registers(bounds: _Bounds) -> int:
+    """That a thread has at first, at most: a multiprocessor has 65536, in portions of 8 (what ptxas does with this bound)."""
+    return min(255, 65536 // (bounds.threads * max(1, bounds.blocks)) // 8 * 8)
+
+
+def _check_limits(launch: cuda.Launch, bounds: _Bounds) -> None:
     """What no GPU would launch."""
     kernel, (x, y, z) = launch.kernel, launch.grid
     limits = (
@@ -85,6 +96,10 @@ def _check_limits(launch: cuda.Launch) -> None:
             f"{kernel.shared} bytes of shared memory, of which a block has at most {227 * 1024}",
         ),
         (1 <= kernel.threads <= 1024, f"{kernel.threads} threads, of which a block has 1 to 1024"),
+        (
+            kernel.threads <= bounds.threads,
+            f"{kernel.threads} threads, of which its __launch_bounds__ allow {bounds.threads}",
+        ),
         (1 <= kernel.cluster <= 16, f"clusters of {kernel.cluster} blocks, which have 1 to 16"),
         (x % kernel.cluster == 0, f"a grid of {launch.grid}, which does not divide into clusters of {kernel.cluster}"),
         (x < 1 << 31 and y < 1 << 16 and z < 1 << 16, f"a grid of {launch.grid}, of which y and z are below 65536"),

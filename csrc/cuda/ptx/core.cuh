@@ -27,5 +27,8 @@ __forceinline__ u8* shared_memory() {
   return fastattn_shared_memory;
 }
 
+// What the hardware asks of a verb's arguments. The emulator checks it; a kernel does nothing here.
+__forceinline__ void must(bool) {}
+
 // An address in shared memory as PTX wants it.
 __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }

@@ -37,6 +37,15 @@ __forceinline__ void mbarrier_arrive_remote(u64* barrier, u32 rank) {
       "r"(rank)
       : "memory");
 }
+// The same by a thread that has read, its own or through a product it waited for, and written nothing that others of the cluster
+// are to see: without the release beyond the block, for which the thread would wait until all its writes have arrived everywhere.
+__forceinline__ void mbarrier_arrive_remote_read(u64* barrier, u32 rank) {
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
+      " mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
 
 // Has the phase of this parity completed? The hardware may hold the thread for a while before it says no.
 __forceinline__ bool mbarrier_try_wait(u64* barrier, u32 parity) {

@@ -5,6 +5,7 @@
 #include <ptx/convert.cuh>
 #include <ptx/core.cuh>
 #include <ptx/cp_async.cuh>
+#include <ptx/flag.cuh>
 #include <ptx/ldmatrix.cuh>
 #include <ptx/memory.cuh>
 #include <ptx/mma.cuh>
@@ -117,5 +118,25 @@ __global__ void __launch_bounds__(64) ticket_kernel(const __grid_constant__ Tria
   if (threadIdx.x == 0) {
     while (atomicAdd(out, 0) < 64 + p.fault) {
     }
+  }
+}
+
+// out [2, 32] float: block 1 adds 1 to what block 0 wrote before it passed the turn, a [1] int. `fault` 1: block 0 looks at the
+// turn and does not pass it; 2: block 1 does not look.
+__global__ void __launch_bounds__(32) turn_kernel(const __grid_constant__ TrialParams p) {
+  int* turn = static_cast<int*>(const_cast<void*>(p.a));
+  float* out = static_cast<float*>(p.out);
+  const int t = threadIdx.x;
+  if (blockIdx.x == 0) {
+    out[t] = static_cast<float>(t);
+    __syncwarp();
+    if (t == 0 && p.fault == 1) load_acquire(turn);
+    if (t == 0 && p.fault != 1) add_release(turn, 1);
+  } else {
+    while (t == 0 && p.fault == 0 && load_acquire(turn) != 1) {
+    }
+    if (t == 0 && p.fault == 1) load_acquire(turn);
+    __syncwarp();
+    out[32 + t] = out[31 - t] + 1.0f;
   }
 }

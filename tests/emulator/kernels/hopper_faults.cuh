@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(384) product_kernel(const __grid_constant__ Tr
       mbarrier_init(&full[i], 1);
       mbarrier_init(&empty[i], fault == 1 ? 5 : 4);
     }
+    if (fault == 27) mbarrier_init(&full[0], 1);
     if (fault != 2) fence_barrier_init();
   }
   if (fault != 3) __syncthreads();
@@ -51,6 +52,7 @@ __global__ void __launch_bounds__(384) product_kernel(const __grid_constant__ Tr
     const u8 *a = memory + 2 * stage * kTile, *b = a + kTile;
     mbarrier_wait(&full[stage], (i / kStages & 1) ^ (fault == 10 ? 1 : 0));
     if (fault != 11) wgmma_fence();
+    if (fault == 26) d[5] = 0.0f;
     u64 x = wgmma_k_major(a), y = wgmma_k_major(b);
     if (fault == 12) y = wgmma_descriptor<128>(b, 16, 512);
     if (fault == 13) y = wgmma_descriptor<128>(b, 16, 16384);
@@ -63,6 +65,11 @@ __global__ void __launch_bounds__(384) product_kernel(const __grid_constant__ Tr
     wgmma_commit();
     if (fault == 16 && lane == 0) mbarrier_arrive(&empty[stage]);
     if (fault != 17) wgmma_wait<0>();
+    if (fault == 24 || fault == 25) {  // a look at the tile before it is overwritten
+      load_shared_16(a + 16 * t);
+      if (fault == 25) fence_async_shared();  // this is no mistake
+      __syncwarp();
+    }
     if (fault != 16 && lane == 0) mbarrier_arrive(&empty[stage]);
   }
   for (int round = 0; round < 2; ++round) {
@@ -99,9 +106,13 @@ __global__ void __launch_bounds__(128) plain_product_kernel(const __grid_constan
   if (fault == 2) __syncthreads();
   if (fault != 1) fence_async_shared();
   if (fault != 2) __syncthreads();
+  if (fault == 6 && t == 0) {
+    store_16(p.out, make_uint4(0, 0, 0, 0));
+    load_16(p.out);
+  }
   float d[4];
   wgmma_fence();
-  wgmma_ss<bf16, 0, 0>(d, wgmma_descriptor<0>(a, 128, 256), wgmma_descriptor<0>(b, 128, 256), false);
+  wgmma_ss<bf16, 0, 0>(d, wgmma_descriptor<0>(a + (fault == 5 ? 8 : 0), 128, 256), wgmma_descriptor<0>(b, 128, 256), false);
   wgmma_commit();
   if (fault == 3) store_shared_16(b + at(t / 16, 0), make_uint4(0, 0, 0, 0));
   if (fault != 4) wgmma_wait<0>();
@@ -114,10 +125,31 @@ __global__ void __launch_bounds__(32) neighbour_kernel(const __grid_constant__ T
   float* memory = reinterpret_cast<float*>(shared_memory());
   const u32 rank = cluster_rank();
   if (threadIdx.x == 0) *memory = 1.0f + rank;
+  if (p.fault == 6 && threadIdx.x == 31) return;
   if (p.fault != 1) cluster_sync();
   float x = load_cluster(memory, p.fault == 2 ? 2 : 1 - rank);
   if (p.fault != 3) cluster_sync();
   if (p.fault == 4) x = load_cluster(memory, 1 - rank);
   if (p.fault == 5 && threadIdx.x == 0) *memory = 3.0f;  // nobody reads any more: this is no mistake
   if (threadIdx.x == 0) static_cast<float*>(p.out)[rank] = x;
+}
+
+// out [2] float: a block of two warpgroups, made for two on a multiprocessor: 128 registers for each thread.
+__global__ void __launch_bounds__(256, 2) registers_kernel(const __grid_constant__ TrialParams p) {
+  const int warp = threadIdx.x / 32, fault = p.fault;
+  if (warp < 4) {
+    if (fault == 3) registers_lower<160>();
+    if (fault == 4) registers_lower<40>();
+    if (fault == 4) registers_raise<32>();
+    if (fault != 2 || warp != 1) registers_lower<24>();
+  } else if (fault == 1) {
+    registers_raise<240>();
+  } else if (fault == 2) {
+    registers_raise<200>();
+  } else if (fault == 5 && warp == 6) {
+    registers_raise<232>();
+  } else {
+    registers_raise<232>();
+  }
+  if (threadIdx.x % 128 == 0) static_cast<float*>(p.out)[warp / 4] = 1.0f;
 }

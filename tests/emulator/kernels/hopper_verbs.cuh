@@ -137,6 +137,19 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const __grid_constant__ Tria
   }
 }
 
+// out [24] i64: descriptors of the operands of products by steps of 16 along k, without the tile's address: a [64, 128] and
+// b [128, 128] (k rows in memory) with a 128-byte swizzle, a [64, 64] (k rows), b [64, 32] (k rows) with a 64-byte swizzle.
+__global__ void __launch_bounds__(32) descriptors_kernel(const __grid_constant__ TrialParams p) {
+  u64* out = static_cast<u64*>(p.out);
+  const u8* tile = shared_memory();
+  if (threadIdx.x != 0) return;
+  const u64 at = shared_address(tile) >> 4;
+  for (int k = 0; k < 8; ++k) *out++ = wgmma_advance(wgmma_k_major(tile), k / 4 * (64 * 128) + k % 4 * 32) - at;
+  for (int k = 0; k < 8; ++k) *out++ = wgmma_advance(wgmma_mn_major(tile, 128 * 128), k * 16 * 128) - at;
+  for (int k = 0; k < 4; ++k) *out++ = wgmma_advance(wgmma_mn_major(tile, 64 * 128), k * 16 * 128) - at;
+  for (int k = 0; k < 4; ++k) *out++ = wgmma_advance(wgmma_descriptor<64>(tile, 64 * 64, 8 * 64), k * 16 * 64) - at;
+}
+
 // out [64] float: 64 consumers take n numbers, one at a time, from a slot that 32 producers fill; named barriers 1 (full) and 2
 // (free).
 __global__ void __launch_bounds__(96) handover_kernel(const __grid_constant__ TrialParams p) {

@@ -19,4 +19,7 @@ struct alignas(64) TensorMap {
 };
 
 __forceinline__ u8* shared_memory() { return emulator::shared_memory(); }
+__forceinline__ void must(bool holds) {
+  if (!holds) emulator::broken_rule();
+}
 __forceinline__ u32 shared_address(const void* p) { return emulator::shared_address(p); }

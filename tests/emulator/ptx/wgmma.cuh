@@ -1,6 +1,7 @@
-// Stands in for csrc/cuda/ptx/wgmma.cuh. What makes descriptors is the same there; they are decoded in runtime/wgmma.cpp.
+// Stands in for csrc/cuda/ptx/wgmma.cuh. Descriptors are decoded in runtime/wgmma.cpp.
 #pragma once
 #include <ptx/core.cuh>
+#include <ptx/descriptor.cuh>
 
 __forceinline__ void wgmma_fence() { emulator::wgmma_fence(); }
 __forceinline__ void wgmma_commit() { emulator::wgmma_commit(); }
@@ -13,17 +14,6 @@ template <int kCount>
 __forceinline__ void wgmma_pin(float (&)[kCount]) {}
 template <int kCount>
 __forceinline__ void wgmma_pin(u32 (&)[kCount]) {}
-
-template <int kSwizzle>
-__forceinline__ u64 wgmma_descriptor(const void* tile, u32 leading_bytes, u32 stride_bytes) {
-  static_assert(kSwizzle == 0 || kSwizzle == 32 || kSwizzle == 64 || kSwizzle == 128);
-  constexpr u64 kCode = kSwizzle == 128 ? 1 : kSwizzle == 64 ? 2 : kSwizzle == 32 ? 3 : 0;
-  return static_cast<u64>((shared_address(tile) & 0x3ffff) >> 4) | static_cast<u64>(leading_bytes >> 4) << 16 |
-         static_cast<u64>(stride_bytes >> 4) << 32 | kCode << 62;
-}
-__forceinline__ u64 wgmma_advance(u64 descriptor, u32 bytes) { return descriptor + (bytes >> 4); }
-__forceinline__ u64 wgmma_k_major(const void* part) { return wgmma_descriptor<128>(part, 16, 1024); }
-__forceinline__ u64 wgmma_mn_major(const void* tile, u32 part_bytes) { return wgmma_descriptor<128>(tile, part_bytes, 1024); }
 
 namespace emulator {
 template <class T>

@@ -60,6 +60,7 @@ void land_at_exit(Fibre* f) {
   copies_land_at_exit(*f);
   stores_at_exit(f);
   products_at_exit(f);
+  registers_at_exit();
 }
 
 }  // namespace emulator

@@ -63,6 +63,7 @@ void products_at_exit(Fibre* f);
 void copies_land_at_exit(Fibre& f);
 
 // cluster.cpp
+void registers_at_exit();
 void reset_cluster();
 void cluster_exits();
 

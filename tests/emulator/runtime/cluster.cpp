@@ -59,7 +59,7 @@ u32 cluster_size() { return launch.cluster; }
 
 void cluster_arrive() {
   const Pc pc = CALLER;
-  gather("cluster_arrive", ~0u, false, nothing, nullptr, pc);
+  gather("cluster_arrive", ~0u, true, nothing, nullptr, pc);
   u32& turns = barrier.turns[current->id];
   if (turns > barrier.turn) fail_here(pc, "cluster_arrive twice without cluster_wait");
   ++turns;
@@ -71,7 +71,7 @@ void cluster_arrive() {
 
 void cluster_wait() {
   const Pc pc = CALLER;
-  gather("cluster_wait", ~0u, false, nothing, nullptr, pc);
+  gather("cluster_wait", ~0u, true, nothing, nullptr, pc);
   const u32 turns = barrier.turns[current->id];
   if (turns == 0) fail_here(pc, "cluster_wait without cluster_arrive");
   if (turns > barrier.turn) {
@@ -122,36 +122,80 @@ void fence_async() {
   barriers_are_fenced(&f);
 }
 
-// ---- setmaxnreg: 65536 registers per multiprocessor; a block gets its even share at first
+// ---- setmaxnreg: a block gets the registers that its launch bounds give to each thread, and these are its pool
 
 namespace {
 
 u32 taken(const Block& b) {
   u32 n = 0;
-  for (const Warp& w : b.warps) n += 32 * w.registers;
+  for (const Warp& w : b.warps) n += w.registers;
   return n;
+}
+
+// All warps of a warpgroup must execute the same instructions.
+void note_change(Block& b, Warp& w, Pc pc) {
+  const u32 me = current->warp, first = me / 4 * 4;
+  if (b.warps.size() % 4 != 0) fail_here(pc, "setmaxnreg needs warpgroups of 4 warps");
+  const size_t number = w.changes.size();
+  w.changes.push_back(pc);
+  for (u32 i = first; i < first + 4; ++i) {
+    const auto& other = b.warps[i].changes;
+    if (other.size() > number && !same_site(other[number], pc)) {
+      fail_here(pc, "the warps of a warpgroup change their registers at different places, another one at " + site(other[number]));
+    }
+  }
+}
+
+}  // namespace
+
+void registers_at_exit() {
+  const Block& b = *current->block;
+  if (b.live > 1) return;
+  for (u32 w = 0; w < b.warps.size(); ++w) {
+    for (u32 i = w / 4 * 4; i < w; ++i) {
+      const auto& more = b.warps[i].changes.size() > b.warps[w].changes.size() ? b.warps[i] : b.warps[w];
+      if (b.warps[i].changes.size() != b.warps[w].changes.size()) {
+        fail_here(more.changes.back(), format("warps %u and %u of a warpgroup do not change their registers equally often", i, w));
+      }
+    }
+  }
+}
+
+namespace {
+
+// By one lane of the warp.
+void change(u32 count, bool raise, Pc pc) {
+  Block& b = *current->block;
+  Warp& w = b.warps[current->warp];
+  note_change(b, w, pc);
+  if (!raise) {
+    if (count > w.registers) fail_here(pc, format("registers_lower to %u, where the warp has %u", count, w.registers));
+    w.registers = count;
+    for (Fibre* f : hungry) make_ready(f);
+    hungry.clear();
+    ++progress;
+    return;
+  }
+  // At first a thread may have fewer than its bounds allow, down to what is raised to: that is up to ptxas.
+  if (count < w.registers && w.changes.size() > 1) {
+    fail_here(pc, format("registers_raise to %u, where the warp has %u", count, w.registers));
+  }
+  const u32 pool = launch.registers * static_cast<u32>(b.warps.size());
+  while (count > w.registers && taken(b) + count - w.registers > pool) {
+    hungry.push_back(current);
+    wait("registers_raise (the block's registers are taken)", pc);
+  }
+  if (count > w.registers) w.registers = count;
 }
 
 }  // namespace
 
 void registers_change(u32 count, bool raise) {
   const Pc pc = CALLER;
-  gather(raise ? "registers_raise" : "registers_lower", ~0u, true, nothing, nullptr, pc);
-  Block& b = *current->block;
-  Warp& w = b.warps[current->warp];
-  if (current->lane != 0) return;
-  if (!raise) {
-    w.registers = count < w.registers ? count : w.registers;
-    for (Fibre* f : hungry) make_ready(f);
-    hungry.clear();
-    ++progress;
-    return;
-  }
-  while (count > w.registers && taken(b) + 32 * (count - w.registers) > 65536) {
-    hungry.push_back(current);
-    wait("registers_raise (the block's 65536 registers are taken)", pc);
-  }
-  if (count > w.registers) w.registers = count;
+  const char* verb = raise ? "registers_raise" : "registers_lower";
+  gather(verb, ~0u, true, nothing, nullptr, pc);
+  if (current->lane == 0) change(count, raise, pc);
+  gather(verb, ~0u, true, nothing, nullptr, pc);
 }
 
 }  // namespace emulator

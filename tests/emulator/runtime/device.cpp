@@ -27,6 +27,7 @@ u32 shared_address(const void* p) {
 
 void sleep() { yield(); }
 void trap() { fail_here(CALLER, "__trap"); }
+void broken_rule() { fail_here(CALLER, "an argument that the hardware does not take"); }
 
 namespace {
 
@@ -35,7 +36,7 @@ Words load(const void* p, bool shared, Pc pc) {
   if (shared) {
     shared_read(shared_offset(p, 16, 16, "ld.shared reads", pc), 16, pc);
   } else {
-    global_access(p, 16, Access::kRead, pc);
+    constant_read(p, 16, pc);
   }
   Words x;
   std::memcpy(&x, p, 16);
@@ -72,31 +73,33 @@ struct Location {
 };
 std::map<const void*, Location> locations;
 
-void order_by(const void* p) {
+void order_by(const void* p, bool acquires, bool releases) {
   Location& l = locations[p];
   Fibre& f = *current;
   const u32 cluster = f.block->linear - f.block->rank;
   const u32 count = launch.grid.x * launch.grid.y * launch.grid.z;
-  if (l.clock != nullptr && l.cluster == cluster) {
-    f.clock = clocks.acquire(f.clock, l.clock);
-    clocks.drop(l.clock);
+  const bool known = l.clock != nullptr && l.cluster == cluster;
+  if (acquires && known) f.clock = clocks.acquire(f.clock, l.clock);
+  if (releases) {
+    Clock* next = clocks.copy(known ? l.clock : f.clock);
+    clocks.join(next, f.clock, f.id, f.own);
+    if (known) clocks.drop(l.clock);
+    l.clock = next;
+    l.cluster = cluster;
+    ++f.own;
   }
-  l.clock = clocks.copy(f.clock);
-  l.clock->of[f.id] = f.own;
-  l.cluster = cluster;
-  ++f.own;
   if (static_cast<const u8*>(p) >= arena && static_cast<const u8*>(p) < arena + kShared) return;
   if (ordered_after.empty()) ordered_after.resize(count);
   auto& mine = ordered_after[f.block->linear];
   mine.resize(count);
   l.blocks.resize(count);
-  l.blocks[f.block->linear] = true;
-  for (u32 i = 0; i < count; ++i) mine[i] = l.blocks[i] = mine[i] || l.blocks[i];
+  for (u32 i = 0; i < count && acquires; ++i) mine[i] = mine[i] || l.blocks[i];
+  for (u32 i = 0; i < count && releases; ++i) l.blocks[i] = l.blocks[i] || mine[i] || i == f.block->linear;
 }
 
-void check_atomic(const void* p, u32 bytes, bool orders, Pc pc) {
+void check_atomic(const void* p, u32 bytes, bool acquires, bool releases, Pc pc) {
   if (reinterpret_cast<u64>(p) % bytes != 0) misaligned(p, bytes, bytes, "atomically changes", pc);
-  if (orders) order_by(p);
+  if (acquires || releases) order_by(p, acquires, releases);
   const u64 offset = static_cast<const u8*>(p) - arena;
   if (offset < kShared) {
     shared_atomic(offset, bytes, pc);
@@ -144,7 +147,7 @@ void take_turns(Pc pc) {
 u32 atomic_u32(void* p, AtomicOp op, u32 value, u32 compare) {
   const Pc pc = CALLER;
   take_turns(pc);
-  check_atomic(p, 4, true, pc);
+  check_atomic(p, 4, true, true, pc);
   ++progress;
   return change<u32, int>(p, op, value, compare);
 }
@@ -152,15 +155,32 @@ u32 atomic_u32(void* p, AtomicOp op, u32 value, u32 compare) {
 u64 atomic_u64(void* p, AtomicOp op, u64 value, u64 compare) {
   const Pc pc = CALLER;
   take_turns(pc);
-  check_atomic(p, 8, true, pc);
+  check_atomic(p, 8, true, true, pc);
   ++progress;
   return change<u64, i64>(p, op, value, compare);
+}
+
+u32 load_acquire(const void* p) {
+  const Pc pc = CALLER;
+  take_turns(pc);
+  check_atomic(p, 4, true, false, pc);
+  u32 x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+
+void add_release(void* p, u32 value) {
+  const Pc pc = CALLER;
+  take_turns(pc);
+  check_atomic(p, 4, false, true, pc);
+  ++progress;
+  change<u32, int>(p, kAdd, value, 0);
 }
 
 float atomic_f32(void* p, float value) {
   const Pc pc = CALLER;
   take_turns(pc);
-  check_atomic(p, 4, false, pc);
+  check_atomic(p, 4, false, false, pc);
   float old;
   std::memcpy(&old, p, 4);
   const float next = old + value;

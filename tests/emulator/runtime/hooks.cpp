@@ -13,6 +13,14 @@ namespace {
                         " is still computing (wgmma_wait is missing)");
     }
   }
+  if (!write || !current->fenced) return;
+  u8* from = const_cast<u8*>(begin);
+  auto& late = current->late;
+  if (!late.empty() && late.back().end == from) {
+    late.back().end += bytes;
+  } else {
+    late.push_back({from, from + bytes, pc});
+  }
 }
 
 extern "C" {
@@ -26,7 +34,7 @@ template <bool kWrite>
 inline void touch(const void* p, u32 bytes, bool aligned, Pc pc) {
   const u64 offset = static_cast<const u8*>(p) - arena;
   if (offset >= kShared && offset < kArena) {
-    if (__builtin_expect(!current->flying.empty(), 0)) register_access(p, bytes, kWrite, pc);
+    if (__builtin_expect(current->watched, 0)) register_access(p, bytes, kWrite, pc);
     return;
   }
   if (aligned && (reinterpret_cast<u64>(p) & (bytes - 1)) != 0) misaligned(p, bytes, bytes, kWrite ? "writes" : "reads", pc);

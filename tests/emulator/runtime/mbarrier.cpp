@@ -121,16 +121,14 @@ void mbarrier_init(void* p, u32 arrivals) {
   const Pc pc = CALLER;
   const u32 at = offset_of(p, "mbarrier_init", pc);
   if (arrivals == 0 || arrivals >= 1 << 20) fail_here(pc, format("mbarrier_init for %u arrivals", arrivals));
-  std::memset(cells.state + at, cells.state[at] & ~kMbarrier, 8);
+  if (barriers.count(at) != 0) fail_here(pc, "mbarrier_init of an mbarrier, made at " + site(barriers[at].pc));
   shared_write(at, 8, pc);
   std::memset(cells.state + at, kWritten | kMbarrier, 8);
   Mbarrier& b = barriers[at];
-  if (!b.waiters.empty()) fail_here(pc, "mbarrier_init of a barrier for which threads wait");
-  b.engine = b.clock != nullptr ? b.engine : new_engine("a bulk load", pc);
-  const u32 phase = b.clock != nullptr ? b.phase + 2 - (b.phase & 1) : 0;  // a later epoch, an even phase
+  b.engine = new_engine("a bulk load", pc);
   b.count = b.pending = arrivals;
   b.bytes = 0;
-  b.phase = phase;
+  b.phase = 0;
   b.fenced = false;
   b.maker = current;
   b.pc = pc;

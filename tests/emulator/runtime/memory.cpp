@@ -184,8 +184,8 @@ bool happened(u32 epoch) { return ordered(epoch); }
 
 namespace {
 
-// Whether the async proxy sees what a thread wrote at that epoch: the writer fenced behind it, and a barrier orders the fence
-// before the running thread.
+// Whether the async proxy is behind what a thread read or wrote at that epoch: the thread fenced after it, and a barrier orders the
+// fence before the running thread.
 bool fenced(u32 epoch) {
   const u32 id = epoch >> kClockBits, threads = static_cast<u32>(blocks[0].fibres.size());
   if (epoch == 0 || id >= threads * launch.cluster) return true;
@@ -195,10 +195,9 @@ bool fenced(u32 epoch) {
   return &writer == current || current->clock->of[id] > *fence;
 }
 
-[[noreturn]] void unfenced(const char* verb, u64 at, Pc pc) {
-  fail_here(pc,
-            std::string(verb) + " " + place(at) + ", which " + by(cells.writer[at], cells.writer_pc[at]) +
-                " wrote; the asynchronous engine may not see it, fence_async_shared by the writer and then a barrier are missing");
+[[noreturn]] void unfenced(const char* verb, u64 at, u32 epoch, Pc before, const char* theirs, Pc pc) {
+  fail_here(pc, std::string(verb) + " " + place(at) + ", which " + by(epoch, before) + " " + theirs +
+                    "; the asynchronous engine may not see it, fence_async_shared by that thread and then a barrier are missing");
 }
 
 }  // namespace
@@ -212,7 +211,7 @@ void engine_read(u64 offset, u32 bytes, u32 epoch, const char* verb, Pc pc) {
     const u32 w = cells.writer[at];
     if (i == 0 || w != good) {
       if (!ordered(w)) race(verb, "wrote", at, w, cells.writer_pc[at], pc);
-      if (!fenced(w)) unfenced(verb, at, pc);
+      if (!fenced(w)) unfenced(verb, at, w, cells.writer_pc[at], "wrote", pc);
       good = w;
     }
     // An engine's older reads are behind its newer ones; an ordered reader is behind the thread that starts this one.
@@ -241,10 +240,11 @@ void engine_write(u64 offset, u32 bytes, u32 epoch, const char* verb, Pc pc) {
     const u64 at = offset + i;
     const u32 w = cells.writer[at];
     if (!ordered(w)) race(verb, "wrote", at, w, cells.writer_pc[at], pc);
-    if (!fenced(w)) unfenced(verb, at, pc);
+    if (!fenced(w)) unfenced(verb, at, w, cells.writer_pc[at], "wrote", pc);
     for (int k = 0; k < kReaders; ++k) {
       const u32 r = cells.reader[k][at];
       if (r != 0 && !ordered(r)) race(verb, "read", at, r, cells.reader_pc[k][at], pc);
+      if (!fenced(r)) unfenced(verb, at, r, cells.reader_pc[k][at], "read", pc);
       cells.reader[k][at] = 0;
     }
     cells.writer[at] = epoch;
@@ -378,6 +378,19 @@ void global_access(const void* p, u32 bytes, Access access, Pc pc) {
     r.reader[i] = 0;
     r.writer[i] = access == Access::kAtomic ? me | kAtomicBit : me;
     r.writer_pc[i] = pc;
+  }
+}
+
+void constant_read(const void* p, u32 bytes, Pc pc) {
+  global_access(p, bytes, Access::kRead, pc);
+  const u64 at = reinterpret_cast<u64>(p);
+  const Range& r = range_of(at, bytes, "reads", pc);
+  const u64 first = (at - r.begin) >> r.shift, last = (at - r.begin + bytes - 1) >> r.shift;
+  for (u64 i = first; i <= last; ++i) {
+    if (r.writer[i] != 0) {
+      fail_here(pc, format("reads byte %llu of %s as constant (ld.global.nc), which the kernel wrote at ", at - r.begin, r.name) +
+                        site(r.writer_pc[i]));
+    }
   }
 }
 

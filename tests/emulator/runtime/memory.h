@@ -45,10 +45,12 @@ void shared_read(u64 offset, u32 bytes, Pc pc);
 void shared_write(u64 offset, u32 bytes, Pc pc);
 void shared_atomic(u64 offset, u32 bytes, Pc pc);
 // The same by an engine that the running thread starts: it has the thread's order, and the access is noted as `epoch`'s.
-// A read asks for fence.proxy.async behind ordinary writes.
+// A read asks for fence.proxy.async behind ordinary writes, a write behind ordinary reads too.
 void engine_read(u64 offset, u32 bytes, u32 epoch, const char* verb, Pc pc);
 void engine_write(u64 offset, u32 bytes, u32 epoch, const char* verb, Pc pc);
 void global_access(const void* p, u32 bytes, Access access, Pc pc);
+// A read through the path that is not coherent (ld.global.nc): of what nobody writes while the kernel runs.
+void constant_read(const void* p, u32 bytes, Pc pc);
 // Only whether it lies within a tensor.
 void global_bounds(const void* p, u32 bytes, bool write, Pc pc);
 

@@ -156,8 +156,7 @@ void start_block(Block& b, u32 rank, u32 linear, Clock* nothing_seen) {
   b.live = threads;
   b.fibres.clear();
   b.warps.assign((threads + 31) / 32, Warp{});
-  const u32 registers = std::min(248u, 65536 / threads / 8 * 8);
-  for (Warp& w : b.warps) w.registers = registers;
+  for (Warp& w : b.warps) w.registers = launch.registers;
   for (u32 t = 0; t < threads; ++t) {
     Fibre& f = fibres[rank * threads + t];
     f = Fibre{};

@@ -55,6 +55,9 @@ struct Fibre {
   std::vector<Copy> copies;         // cp.async, oldest first
   std::vector<u32> groups;          // ends of the committed groups among them
   std::vector<Destination> flying;  // registers owned by wgmma
+  std::vector<Destination> late;    // registers written since wgmma_fence
+  bool fenced;                      // behind wgmma_fence, before the next commit
+  bool watched;                     // fenced, or flying is not empty: accesses to registers matter
   std::vector<u32> fences;          // own at each fence.proxy.async of shared memory
   u32 engine, engine_done;          // of its bulk stores, see async.h; 0: none yet
   u32 polls;                        // value of progress at the last failed try_wait
@@ -82,6 +85,7 @@ struct Warp {
   Fibre* fibres[32];
   struct Products* products;  // wgmma.cpp; null: none yet
   u32 registers;              // per thread
+  std::vector<Pc> changes;    // of them
 };
 
 // A barrier of the block. Number 0 without a count is __syncthreads.
@@ -111,7 +115,9 @@ struct Launch {
   void (*call)(const void*);
   const void* params;
   Index grid, block;
-  u32 cluster, shared_bytes, seed, engines;
+  u32 cluster, shared_bytes;
+  u32 registers;  // of a thread at first
+  u32 seed, engines;
 };
 
 extern Launch launch;

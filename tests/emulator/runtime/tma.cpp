@@ -46,6 +46,10 @@ std::vector<Piece> pieces_of(const Map& map, u64 shared, const int* x, u32 rank,
   const u32 alignment = map.swizzle == 0 ? 128 : 8 * map.swizzle;
   if (shared % alignment != 0) misaligned(arena + shared, static_cast<u32>(box_bytes(map)), alignment, verb, pc);
   const u32 row = map.box[0] * map.item;
+  if (map.swizzle != 0 && row != map.swizzle) {
+    fail_here(
+        pc, format("%s of rows of %u bytes with a swizzle of %u: how they lie then is documented nowhere", verb, row, map.swizzle));
+  }
   u64 rows = 1;
   for (u32 d = 1; d < rank; ++d) rows *= map.box[d];
   std::vector<Piece> pieces;

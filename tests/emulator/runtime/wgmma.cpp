@@ -142,6 +142,14 @@ void multiply(Gather& g) {
   Products& p = products_of(*me);
   if (!p.fenced) fail_here(g.pc, "wgmma without wgmma_fence since the warp's start or its last wgmma_wait");
   if (p.engine == 0) p.engine = new_engine("wgmma", g.pc);
+  for (u32 l = 0; l < 32; ++l) {
+    const u8* begin = reinterpret_cast<const u8*>(requests[l]->d);
+    for (const Destination& late : g.lanes[l]->late) {
+      if (late.begin < begin + 2 * first.n && late.end > begin) {
+        fail_here(late.pc, "writes a register behind wgmma_fence that the product at " + site(g.pc) + " then uses");
+      }
+    }
+  }
   auto& issued = history[me->block];
   issued.resize((me->block->warps.size() + 3) / 4);
   auto& group = issued[me->warp / 4];
@@ -190,6 +198,7 @@ void multiply(Gather& g) {
       if (first.flags & kAccumulate) std::memcpy(&into->values[l * into->count], begin, 4 * into->count);
       std::memset(begin, 0xff, 4 * into->count);
       g.lanes[l]->flying.push_back({begin, begin + 4 * into->count, g.pc});
+      g.lanes[l]->watched = true;
     }
   } else if (into->count != n / 2) {
     fail_here(g.pc, "wgmma into registers of another product of a different shape that is under way");
@@ -219,11 +228,23 @@ void multiply(Gather& g) {
   }
 }
 
-void fence_products(Gather&) { products_of(*current).fenced = true; }
+void watch(Gather& g, bool fenced) {
+  for (Fibre* f : g.lanes) {
+    f->late.clear();
+    f->fenced = fenced;
+    f->watched = fenced || !f->flying.empty();
+  }
+}
 
-void commit_products(Gather&) {
+void fence_products(Gather& g) {
+  products_of(*current).fenced = true;
+  watch(g, true);
+}
+
+void commit_products(Gather& g) {
   Products& p = products_of(*current);
   p.groups.push_back(p.issued);
+  watch(g, false);
 }
 
 void wait_products(Gather& g) {
@@ -231,6 +252,7 @@ void wait_products(Gather& g) {
   const u32 pending = *static_cast<u32*>(g.slots[current->lane]);
   const u32 count = p.groups.size() > pending ? p.groups[p.groups.size() - 1 - pending] : 0;
   p.fenced = false;
+  watch(g, false);
   if (count <= p.done) return;
   p.done = count;
   for (auto& x : p.flying) {
@@ -248,6 +270,7 @@ void wait_products(Gather& g) {
     x.reset();
   }
   p.flying.erase(std::remove(p.flying.begin(), p.flying.end(), nullptr), p.flying.end());
+  watch(g, false);
   // What the products read may be overwritten by whoever is behind this.
   Fibre* me = current;
   Clock* done = clocks.zero();
