@@ -13,15 +13,19 @@ from fastattn.runtime import cuda
 
 ARCHS = (90,)
 SEQLEN = 2048
+MASK = torch.ones(1, 1, 1, SEQLEN, dtype=torch.bool)
+# A bias that TMA reads in rows, in tiles, and one that it cannot read; in bfloat16 it stands for q's dtype.
+ROW, SQUARE, ODD = torch.zeros(SEQLEN), torch.zeros(SEQLEN, SEQLEN), torch.zeros(SEQLEN, SEQLEN + 1)[:, :SEQLEN]
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "dense": ({},),
     "band": ({"causal": True},),
     "general": ({"softcap": 30.0},),
-    "pairs": (
-        {"mask": torch.ones(1, 1, 1, SEQLEN, dtype=torch.bool)},
-        {"bias": torch.zeros(1, 1, 1, SEQLEN)},
-        {"dropout_p": 0.1},
-        {"mask": torch.ones(SEQLEN, dtype=torch.bool), "bias": torch.zeros(SEQLEN), "dropout_p": 0.1},
+    "pairs": ({"mask": MASK}, {"dropout_p": 0.1}, {"mask": MASK, "dropout_p": 0.1, "softcap": 30.0}),
+    "bias": ({"bias": SQUARE}, {"bias": SQUARE.bfloat16()}, {"bias": ROW}, {"bias": ODD}),
+    "mixed": (
+        {"bias": SQUARE, "mask": MASK, "dropout_p": 0.1, "softcap": 30.0},
+        {"bias": SQUARE.bfloat16(), "dropout_p": 0.1},
+        {"bias": ODD, "mask": MASK, "dropout_p": 0.1},
     ),
     "short": ({}, {"softcap": 30.0}),
 }
@@ -57,6 +61,7 @@ def _call(
     seqlen_q = 64 if kind == "short" else SEQLEN
     q = torch.empty(1, seqlen_q, 4, headdim, dtype=dtype)
     k, v = (torch.empty(1, SEQLEN, 2, width, dtype=dtype) for width in (headdim, headdim_v))
+    given = {name: x.to(dtype) if name == "bias" and x.dtype == torch.bfloat16 else x for name, x in options.items()}
     with cuda.recording(arch) as recorded:
-        fastattn.attention(q, k, v, backend="cuda", **options)
+        fastattn.attention(q, k, v, backend="cuda", **given)
     yield from recorded.launches

@@ -114,8 +114,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mask": {"mask": _blocks()},
     "padding": {"mask": _padding(), "causal": True},
     "mask per query": {"mask": torch.rand(SEQLEN_Q, 1) < 0.7},
-    "bias": {"bias": _bias(1, NHEADS, SEQLEN_Q, SEQLEN_K).bfloat16()},
+    "bias": {"bias": _bias(1, NHEADS, SEQLEN_Q, SEQLEN_K + 4).bfloat16()[..., :SEQLEN_K]},
+    "bias of floats": {"bias": _bias(SEQLEN_Q, SEQLEN_K), "causal": True},
+    "bias at odd strides": {"bias": _bias(NHEADS, SEQLEN_Q, SEQLEN_K).bfloat16()},
     "bias per key": {"bias": _bias(1, 1, 1, SEQLEN_K), "window": (100, 100)},
+    "bias and softcap": {"bias": _bias(NHEADS, 1, SEQLEN_K + 4).bfloat16()[..., :SEQLEN_K], "softcap": 5.0, "scale": -0.1},
     "dropout": {"dropout_p": 0.3, "causal": True},
     "everything": {
         "mask": _blocks(), "bias": _bias(SEQLEN_Q, SEQLEN_K), "alibi_slopes": torch.tensor([0.1, 0.3]), "softcap": 9.0,
@@ -151,6 +154,28 @@ def row(ways: str, block_m: int = 128, block_n: int = 64, stages: int = 2, headd
     return tuning_sm90.Row(headdim, headdim, "dense", block_m, block_n, stages, frozenset(ways.split()), "under test")
 
 
+@pytest.mark.parametrize(
+    "bias, flags",
+    [
+        (torch.zeros(NHEADS, 33, 40).bfloat16(), "kBias | kTile"),
+        (torch.zeros(33, 44)[:, :40], "kBias | kTile | kWide"),
+        (torch.zeros(1, 1, 40).expand(NHEADS, 33, 40), "kBias | kTile | kRow | kWide"),
+        (torch.zeros(NHEADS, 1, 40).bfloat16(), "kBias | kTile | kRow"),
+        (torch.zeros(33, 41)[:, :40], "kGeneral | kBias"),
+        (torch.zeros(33, 44)[:, 1:41], "kGeneral | kBias"),
+        (torch.zeros(40, 33).t(), "kGeneral | kBias"),
+        (torch.zeros(33, 1), "kGeneral | kBias"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else str(tuple(x.shape)),
+)
+def test_a_bias_comes_by_tma_where_its_strides_allow(bias, flags):
+    tensors = [torch.empty(1, seqlen, NHEADS, 64, dtype=torch.bfloat16) for seqlen in (33, 40, 40)]
+    with cuda.recording(90) as recorded:
+        fastattn.attention(*tensors, bias=bias, backend="cuda")
+    assert recorded.launches[0].kernel.constants[-1] == flags
+    assert "by TMA in tiles or rows" in str(tuning_sm90.find(64, 64, "bias"))
+
+
 ROWS = (
     row(""),
     row("lazy pingpong"),
@@ -159,6 +184,7 @@ ROWS = (
     row("overlap pingpong dynamic apart", stages=3),
     row("overlap lazy pingpong apart", block_m=192, block_n=80),
     row("overlap dynamic", block_m=64),
+    row("overlap lazy multicast"),
 )
 
 
@@ -172,6 +198,45 @@ def test_every_way_holds_the_law_in_any_order_of_threads(tried, launched, monkey
             results.append(holds(tensors, launched, causal=True))
     assert all(tried.flags in name for name in launched)
     assert all(torch.equal(found[name], results[0][name]) for found in results for name in found)
+
+
+SHARED = {
+    "odd number of blocks": (300, 333, {"causal": True}),
+    "window": (300, 200, {"window": (60, 10)}),
+    "mask": (300, 333, {"causal": True, "mask": (torch.rand(NHEADS, 300, 333) < 0.5) & (torch.arange(333) % 160 < 60)}),
+    "packed": (
+        *(70 + 1 + 133, 110 + 5 + 140),
+        {"causal": True, "cu_seqlens_q": (70, 0, 1, 133), "cu_seqlens_k": (110, 5, 0, 140)},
+    ),
+}
+
+
+@pytest.mark.parametrize("nheads_k", [1, 2], ids=["two heads", "queries of one head"])
+@pytest.mark.parametrize("name", SHARED)
+def test_clusters_hold_the_law(name, nheads_k, launched, monkeypatch):
+    """The blocks of a cluster see different tiles, or nothing, and still both load half of each."""
+    seqlen_q, seqlen_k, options = SHARED[name]
+    tensors = qkv(seqlen_q, seqlen_k)
+    for given in ("k", "v"):
+        tensors[given] = tensors[given].expand(-1, -1, nheads_k, -1).contiguous()
+    options = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    if name == "packed":
+        tensors = {n: t[0] for n, t in tensors.items()}
+        options |= {n: _packed(*x) for n, x in options.items() if n.startswith("cu")}
+    if DEVICE == "cpu":
+        monkeypatch.setattr(cuda, "emulator", functools.partial(_emulate, seed=7))
+    with tuning_sm90.tried(row("overlap lazy multicast")):
+        holds(tensors, launched, **options)
+    assert all("kMulticast" in name for name in launched)
+
+
+def test_packed_sequences_and_counters_do_not_share_keys():
+    shared = row("overlap lazy multicast")
+    assert shared.fits() and not shared._replace(ways=shared.ways | {"dynamic"}).fits()
+    tensors = [torch.empty(256, 2, 64, dtype=torch.bfloat16) for _ in range(3)]
+    with cuda.recording(90) as recorded:
+        fastattn.attention(*tensors, cu_seqlens_q=_packed(100, 156), backend="cuda")
+    assert recorded.launches[0].kernel.cluster == 1 and "kDynamic" in recorded.launches[0].kernel.constants[-2]
 
 
 def _emulate(launch: cuda.Launch, seed: int) -> None:
@@ -241,10 +306,11 @@ def test_the_compiled_kernel_has_the_products_counted_by_hand(tried, products):
 
 
 @compiles
-def test_exponentials_run_while_the_values_are_multiplied():
-    """In each loop: products of the next scores, then of the values, and the exponentials before the wait for the latter."""
+def test_exponentials_and_sums_run_while_the_values_are_multiplied():
+    """In each loop: products of the next scores, then of the values, and exponentials and sums before the wait for the latter."""
     pytest.importorskip("triton")
     _, text = compiled(OVERLAPPED)
     behind_scores = re.split(r"DEPBAR\.LE gsb0, 0x1", text)[1:]
-    between = [part.split("DEPBAR.LE gsb0, 0x0")[0].count("MUFU.EX2") for part in behind_scores]
-    assert len(between) == 3 and min(between) >= 0.9 * 64
+    for opcode in ("MUFU.EX2", "FADD"):
+        between = [part.split("DEPBAR.LE gsb0, 0x0")[0].count(opcode) for part in behind_scores]
+        assert len(between) == 3 and min(between) >= 0.9 * 64

@@ -18,7 +18,22 @@ def test_a_tile_costs_what_each_unit_needs():
     assert found.issue == 128 * 128 * 4.5 / 128
     # for each 64 rows 8 steps of q·k read 64 + 128 rows of 32 bytes, 8 steps of p·v 16 rows of 256 bytes; k and v come in once
     assert found.shared == (2 * (8 * 192 * 32 + 8 * 16 * 256) + 2 * 128 * 256) / 128
-    assert found.bound == "tensor" and found.softmax == found.exponential
+    # k and v of the tile at what the L2 cache gives each multiprocessor: a little less than 128 rows want
+    assert found.l2 == pytest.approx(2 * 128 * 128 * 2 / (6.65e12 / 132 / 1.6e9))
+    assert found.bound == "l2" and found.l2 < 1.02 * found.tensor and found.softmax == found.exponential
+    assert cycles.tile(SQUARE._replace(BLOCK_M=192, BLOCK_N=64)).bound == "tensor"
+
+
+def test_a_cluster_halves_what_is_read_of_keys_and_values():
+    shared = cycles.tile(SQUARE._replace(ways=SQUARE.ways | {"multicast"}))
+    assert shared.l2 == cycles.tile(SQUARE).l2 / 2 and shared.bound == "tensor"
+
+
+def test_a_bias_is_read_once_by_pair():
+    plain, biased = cycles.tile(SQUARE), cycles.tile(SQUARE._replace(kind="bias"))
+    pairs = 128 * 128
+    assert biased.l2 == plain.l2 * 1.5 and biased.shared == plain.shared + 2 * 2 * pairs / 128
+    assert biased.issue == pairs * 8.5 / 128 and biased.tensor == plain.tensor
 
 
 def test_two_blocks_share_a_multiprocessor():
@@ -29,8 +44,9 @@ def test_two_blocks_share_a_multiprocessor():
 
 def test_whole_tiles_run_at_the_peak_unless_exponentials_show():
     peak = 132 * 4096 * 1.6 / 1e3
-    assert cycles.tflops(SQUARE) == pytest.approx(peak)
-    assert cycles.tflops(SQUARE, exposed=1.0) == pytest.approx(peak * 2048 / (2048 + 1024))
+    shared = SQUARE._replace(ways=SQUARE.ways | {"multicast"})
+    assert cycles.tflops(shared) == pytest.approx(peak)
+    assert cycles.tflops(shared, exposed=1.0) == pytest.approx(peak * 2048 / (2048 + 1024))
 
 
 def test_short_and_causal_calls_pay_for_starts_and_for_hidden_pairs():
@@ -38,9 +54,18 @@ def test_short_and_causal_calls_pay_for_starts_and_for_hidden_pairs():
     causal = [cycles.tflops(SQUARE._replace(kind="band"), n) for n in (512, 2048, 16384)]
     assert dense == sorted(dense) and causal == sorted(causal)
     assert all(c < d for c, d in zip(causal, dense, strict=True))
-    # one block of 128 queries: 128 · 129 / 2 pairs are seen in one tile, at 2048 cycles and a softmax and half a tile besides
+    # one block of 128 queries: 128 · 129 / 2 pairs are seen in one tile, and a softmax and half a tile are paid besides
+    each = cycles.cycles_per_tile(SQUARE)
     one = cycles.tflops(SQUARE._replace(kind="band"), 128)
-    assert one == pytest.approx(4 * 128 * 128 * 129 / 2 / (2048 + 1024 + 1024) * 132 * 1.6 / 1e3)
+    assert one == pytest.approx(4 * 128 * 128 * 129 / 2 / (each + 1024 + 1024) * 132 * 1.6 / 1e3)
+
+
+def test_rows_do_not_pay_for_tiles_that_they_do_not_see():
+    narrow = SQUARE._replace(kind="band", BLOCK_N=64)
+    c, each = cycles.tile(narrow), cycles.cycles_per_tile(narrow)
+    # the first 64 rows see one tile, the others two
+    found = cycles.tflops(narrow, 128)
+    assert found == pytest.approx(4 * 128 * 128 * 129 / 2 / (1.5 * each + c.softmax + c.tensor / 2) * 132 * 1.6 / 1e3)
 
 
 def test_a_polynomial_takes_load_off_the_exponential_unit():
@@ -53,4 +78,4 @@ def test_the_table_has_a_line_for_every_head(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["cycles"])
     assert cycles.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 2 * len(tuning_sm90.HEADS) and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + 3 * len(tuning_sm90.HEADS) and len({line.count("|") for line in lines}) == 1

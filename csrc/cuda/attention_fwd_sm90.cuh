@@ -1,13 +1,14 @@
 // Attention forward for Hopper: o and lse of BLOCK_M queries of one head at a time, by an online softmax over tiles of BLOCK_N
 // keys. Grid: as many blocks as run at once; each walks the list of schedule_sm90.cuh. A block is a producer warpgroup, whose warps
-// 0 and 1 keep the copy engine busy (k and v, q), and BLOCK_M / 64 consumers of 64 rows each, who multiply (wgmma) and take
-// exponentials. Shared memory: Plan::kBytes: q, kStages tiles of k and of v, o where kApart, barriers. Registers of a consumer: s
-// and its packed copy (BLOCK_N / 2 + BLOCK_N / 4), o (HEADDIM_V / 2). Bound by the tensor cores, 2 (headdim + headdim_v) flops per
-// pair, at small headdim also by the exponential unit: docs/design/hopper.md. HGMMA per tile body: HEADDIM / 16 + BLOCK_N / 16.
-// Shah et al., FlashAttention-3, arXiv:2407.08608.
+// 0 and 1 keep the copy engine busy (k, v and a bias; q), and BLOCK_M / 64 consumers of 64 rows each, who multiply (wgmma) and take
+// exponentials. Shared memory: Plan::kBytes: q, kStages tiles of k, of v and of a bias, o where kApart, barriers. Registers of a
+// consumer: s and its packed copy (BLOCK_N / 2 + BLOCK_N / 4), o (HEADDIM_V / 2). Bound by the tensor cores, 2 (headdim +
+// headdim_v) flops per pair, with 128 rows also by the L2 cache, at small headdim by the exponential unit: docs/design/hopper.md.
+// HGMMA per tile body: HEADDIM / 16 + BLOCK_N / 16. Shah et al., FlashAttention-3, arXiv:2407.08608.
 #pragma once
 #include <attention_sm90_params.h>
 
+#include <ptx/cluster.cuh>
 #include <ptx/convert.cuh>
 #include <ptx/core.cuh>
 #include <ptx/fence.cuh>
@@ -18,6 +19,7 @@
 #include <ptx/tma.cuh>
 #include <ptx/wgmma.cuh>
 #include <tile/band.cuh>
+#include <tile/bias_sm90.cuh>
 #include <tile/epilogue_sm90.cuh>
 #include <tile/lost_sm90.cuh>
 #include <tile/mask_sm90.cuh>
@@ -36,21 +38,31 @@ constexpr u32 kLazy = 4;        // o is rescaled only when a maximum grew by 2^8
 constexpr u32 kPolynomial = 8;  // a quarter of the exponentials on the FMA pipes
 constexpr u32 kDynamic = 16;    // work is handed out by a counter
 constexpr u32 kApart = 32;      // o is staged in its own memory, not in q's, so that the next q can come early
+constexpr u32 kMulticast =
+    64;  // two blocks that need the same k and v run as a cluster, and each loads half of every tile for both
 // What a specialisation can do beyond scale, band, packed sequences and sinks.
-constexpr u32 kGeneral = 1;  // softcap, ALiBi, a bias, or a scale that is not positive: scores are finished before the maximum
+constexpr u32 kGeneral = 1;  // softcap, ALiBi, or a scale that is not positive: scores are finished before the maximum
 constexpr u32 kMask = 2;
-constexpr u32 kBias = 4;
+constexpr u32 kBias = 4;  // an additive bias; without kTile with kGeneral and element by element: where TMA cannot read it
 constexpr u32 kDropout = 8;
+constexpr u32 kTile = 16;  // with kBias: by TMA, in tiles
+constexpr u32 kRow = 32;   // with kTile: all queries share one row
+constexpr u32 kWide = 64;  // with kTile: of floats, else of q's type
 
-template <int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N, int kStages, u32 kWays, bool kMasked>
+template <int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N, int kStages, u32 kWays, u32 kPairs>
 struct Plan {
+  static constexpr bool kHas(u32 way) { return (kWays & way) != 0; }
+  static constexpr bool kMasked = (kPairs & kMask) != 0, kBiased = (kPairs & kTile) != 0;
+  using Bias = BiasTile<BLOCK_M, BLOCK_N, (kPairs & kRow) != 0, (kPairs & kWide) != 0>;
   static constexpr int kGroups = BLOCK_M / 64;  // consumer warpgroups
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kBlocks = kGroups == 1 && HEADDIM_V <= 192 ? 2 : 1;  // per multiprocessor
-  static constexpr int kGiven = !kMasked ? 0 : kGroups == 1 ? 16 : 8;       // registers by each consumer, to search the mask
+  static constexpr bool kBusy = (kPairs & kBias) != 0 || kHas(kMulticast);  // the producer has more to remember
+  // Registers that each consumer gives to the producer, to search the mask and for the above.
+  static constexpr int kGiven = (kMasked ? (kGroups == 1 ? 16 : 8) : 0) + (kBusy && kGroups < 3 ? 8 : 0);
   static constexpr int kProducerRegisters = (kGroups == 3 ? 32 : 24) + kGroups * kGiven;
   static constexpr int kConsumerRegisters = (kGroups == 1 ? 232 : kGroups == 2 ? 240 : 160) - kGiven;
-  static constexpr bool kHas(u32 way) { return (kWays & way) != 0; }
+  static constexpr int kCluster = kHas(kMulticast) ? 2 : 1, kPart = BLOCK_N / kCluster;  // blocks; rows of a tile that one loads
 
   static constexpr int kPanels = (HEADDIM + 63) / 64, kPanelsV = (HEADDIM_V + 63) / 64;
   static constexpr int kPanelQ = 64 * 128, kPanelK = BLOCK_N * 128;  // bytes
@@ -59,56 +71,70 @@ struct Plan {
   static constexpr int kQ = kHas(kApart) || kLoadQ > kO ? kLoadQ : kO;       // of one consumer
   static constexpr int kAtK = kGroups * kQ, kAtV = kAtK + kStages * kLoadK;  // offsets
   static constexpr int kAtO = kAtV + kStages * kLoadV;
-  static constexpr int kAtBarriers = kAtO + (kHas(kApart) ? kGroups * kO : 0);
-  static constexpr int kBarriers = 4 * kStages + 2 * kGroups + 2 * DynamicSchedule::kSlots;
+  static constexpr int kAtBias = kAtO + (kHas(kApart) ? kGroups * kO : 0);
+  static constexpr int kAtBarriers = kAtBias + (kBiased ? kStages * Bias::kBytes : 0);
+  static constexpr int kBarriers = 6 * kStages + 2 * kGroups + 2 * DynamicSchedule::kSlots;
   static constexpr int kAtNumbers = kAtBarriers + 8 * kBarriers;  // of work and, with kMask, of tiles
   static constexpr int kBytes = kAtNumbers + 4 * (DynamicSchedule::kSlots + kStages);
   static_assert(BLOCK_M % 64 == 0 && kGroups <= 3 && BLOCK_N % 16 == 0 && BLOCK_N <= 256 && HEADDIM % 16 == 0, "");
   static_assert(kBytes <= 227 * 1024 / kBlocks - 1024 * (kBlocks - 1), "");
+  static_assert(!kHas(kMulticast) || !kHas(kDynamic), "the blocks of a cluster would have to agree on what was drawn");
 };
 
 // Named barriers: 0 is __syncthreads's.
 constexpr u32 kTurnBarrier = 1;   // + consumer: its turn to multiply
 constexpr u32 kStageBarrier = 4;  // + consumer: among its own threads
 
-// The tiles of keys that a block of queries sees, numbered 0 … count - 1 from key lo on; [whole_first, whole_end) are seen as a
-// whole by the 64 rows from m0 on.
+// The tiles of keys that a piece of work sees, numbered 0 … count - 1 from key lo on. Of them the 64 rows from m0 on see
+// [seen_first, seen_end), and [whole_first, whole_end) as a whole.
 struct Tiles {
-  int lo, count, whole_first, whole_end;
+  int lo, count, seen_first, seen_end, whole_first, whole_end;
 };
-template <int BLOCK_M, int BLOCK_N, class Params>
-__forceinline__ Tiles tiles_of(const Params& p, const Sequence& s, int block_m0, int m0) {
-  Range block = key_range<BLOCK_N>(p, s, block_m0, min(block_m0 + BLOCK_M, s.seqlen_q));
+template <int BLOCK_N, class Params>
+__forceinline__ Tiles tiles_of(const Params& p, const Sequence& s, const Work& work, int m0) {
+  Range piece = key_range<BLOCK_N>(p, s, work.first, min(work.first + work.rows, s.seqlen_q));
   Range rows = key_range<BLOCK_N>(p, s, m0, min(m0 + 64, s.seqlen_q));
+  auto within = [](int low, int x, int high) { return max(low, min(x, high)); };
   Tiles t;
-  t.lo = block.lo;
-  t.count = max(0, (block.hi - block.lo + BLOCK_N - 1) / BLOCK_N);
-  t.whole_end = min(t.count, max(0, rows.whole_hi - t.lo) / BLOCK_N);
-  t.whole_first = min(t.whole_end, (max(0, rows.whole_lo - t.lo) + BLOCK_N - 1) / BLOCK_N);
+  t.lo = piece.lo;
+  t.count = max(0, (piece.hi - t.lo + BLOCK_N - 1) / BLOCK_N);
+  t.seen_first = within(0, (rows.lo - t.lo) / BLOCK_N, t.count);
+  t.seen_end = within(t.seen_first, m0 < s.seqlen_q ? (rows.hi - t.lo + BLOCK_N - 1) / BLOCK_N : 0, t.count);
+  t.whole_end = within(t.seen_first, max(0, rows.whole_hi - t.lo) / BLOCK_N, t.seen_end);
+  t.whole_first = within(t.seen_first, (max(0, rows.whole_lo - t.lo) + BLOCK_N - 1) / BLOCK_N, t.whole_end);
   return t;
 }
 
-// k and v of every tile, last tile first, by a warp; k is one tile ahead of v, as consumers ask for them. With kMask, tiles that
-// the mask hides are left out: the slots of k come with the numbers of their tiles, and one without keys, -1, ends the work.
-template <class P, int BLOCK_M, int BLOCK_N, bool kMasked, class Ring, class Next, class Params>
-__forceinline__ void load_keys(const Params& p, u8* memory, Ring keys, Ring values, int* numbers, Next next) {
+// k and v of every tile, last tile first, by a warp; k is one tile ahead of v, as consumers ask for them, and a bias comes behind
+// both, as it is needed last. With kMask, tiles that the mask hides are left out: the slots of k come with the numbers of their
+// tiles, and one without keys, -1, ends the work. rank: of this block in its cluster.
+template <class P, int BLOCK_M, int BLOCK_N, class Ring, class Next, class Params>
+__forceinline__ void load_keys(const Params& p, u8* memory, Ring keys, Ring values, Ring biases, int* numbers, int rank,
+                               Next next) {
   const bool first = threadIdx.x % 32 == 0;
   auto fill = [&](Ring& ring, const TensorMap& map, u8* slots, int bytes, int n, const Sequence& s) {
-    mbarrier_arrive_expect(&ring.full[ring.slot], bytes);
+    u64* full = &ring.full[ring.slot];
+    mbarrier_arrive_expect(full, bytes);
+    n += s.first_k + rank * P::kPart;
     for (int panel = 0; panel < bytes / P::kPanelK; ++panel) {
-      tma_load(slots + ring.slot * bytes + panel * P::kPanelK, map, &ring.full[ring.slot], 64 * panel, s.first_k + n, s.h_k,
-               p.cu_seqlens_q != nullptr ? 0 : s.b);
+      u8* to = slots + ring.slot * bytes + panel * P::kPanelK + rank * P::kPart * kPanelRow;
+      int b = p.cu_seqlens_q != nullptr ? 0 : s.b;
+      if constexpr (P::kCluster > 1) {
+        tma_load_multicast(to, map, full, (1 << P::kCluster) - 1, 64 * panel, n, s.h_k, b);
+      } else {
+        tma_load(to, map, full, 64 * panel, n, s.h_k, b);
+      }
     }
   };
   for (int i; (i = next()) >= 0;) {
-    Work work = work_of<BLOCK_M>(p, i);
+    Work work = work_of<BLOCK_M, P::kCluster>(p, i, rank);
     Sequence s = sequence_of(p, work.b, work.h);
-    if (work.m0 >= s.seqlen_q) continue;
-    Tiles tiles = tiles_of<BLOCK_M, BLOCK_N>(p, s, work.m0, work.m0);
+    if (work.first >= s.seqlen_q) continue;
+    Tiles tiles = tiles_of<BLOCK_N>(p, s, work, work.m0);
     auto fill_keys = [&](int j) {
       if (first) {
         keys.await_empty();
-        if constexpr (kMasked) numbers[keys.slot] = j;
+        if constexpr (P::kMasked) numbers[keys.slot] = j;
         if (j >= 0) {
           fill(keys, p.k_map, memory + P::kAtK, P::kLoadK, tiles.lo + j * BLOCK_N, s);
         } else {
@@ -124,32 +150,53 @@ __forceinline__ void load_keys(const Params& p, u8* memory, Ring keys, Ring valu
       }
       values.advance();
     };
+    auto fill_bias = [&](int j) {
+      using Bias = typename P::Bias;
+      if (first) {
+        biases.await_empty();
+        u64* full = &biases.full[biases.slot];
+        mbarrier_arrive_expect(full, Bias::kLoad);
+        u8* slot = memory + P::kAtBias + biases.slot * Bias::kBytes;
+        int h = p.bias_stride[1] != 0 ? s.h : 0, b = p.bias_stride[0] != 0 ? s.b : 0;
+        for (int box = 0; box < Bias::kLoad / Bias::kBox; ++box) {
+          tma_load(slot + box * Bias::kBox, p.bias_map, full, tiles.lo + j * BLOCK_N + box * (Bias::kSpan / Bias::kItem),
+                   Bias::kOneRow ? 0 : work.m0, h, b);
+        }
+      }
+      biases.advance();
+    };
+    // Does the mask allow any pair of the piece within tile j?
+    auto allows = [&](int j) {
+      int m1 = min(work.first + work.rows, s.seqlen_q), n0 = tiles.lo + j * BLOCK_N, n1 = min(n0 + BLOCK_N, s.seqlen_k);
+      Sequence other = s;
+      other.h ^= 1;
+      return any_allowed(pairs_of<u8>(p.mask, p.mask_stride, s), work.first, m1, n0, n1) ||
+             (P::kCluster > 1 && p.heads_each == 2 &&
+              any_allowed(pairs_of<u8>(p.mask, p.mask_stride, other), work.first, m1, n0, n1));
+    };
     int before = -1;  // the tile whose k was loaded last
     for (int j = tiles.count - 1; j >= 0; --j) {
-      if constexpr (kMasked) {
-        int n0 = tiles.lo + j * BLOCK_N;
-        if (!any_allowed(pairs_of<u8>(p.mask, p.mask_stride, s), work.m0, min(work.m0 + BLOCK_M, s.seqlen_q), n0,
-                         min(n0 + BLOCK_N, s.seqlen_k))) {
-          continue;
-        }
+      if constexpr (P::kMasked) {
+        if (!allows(j)) continue;
       }
       fill_keys(j);
       if (before >= 0) fill_values(before);
+      if constexpr (P::kBiased) fill_bias(j);
       before = j;
     }
-    if (kMasked) fill_keys(-1);
+    if (P::kMasked) fill_keys(-1);
     if (before >= 0) fill_values(before);
   }
 }
 
 // The 64 queries of each consumer, by one warp.
 template <class P, int BLOCK_M, class Next, class Params>
-__forceinline__ void load_queries(const Params& p, u8* memory, u64* full, u64* empty, Next next) {
+__forceinline__ void load_queries(const Params& p, u8* memory, u64* full, u64* empty, int rank, Next next) {
   u32 parity = 1;
   for (int i; (i = next()) >= 0;) {
-    Work work = work_of<BLOCK_M>(p, i);
+    Work work = work_of<BLOCK_M, P::kCluster>(p, i, rank);
     Sequence s = sequence_of(p, work.b, work.h);
-    if (work.m0 >= s.seqlen_q) continue;
+    if (work.first >= s.seqlen_q) continue;
     if (threadIdx.x % 32 == 0) {
       for (int group = 0; group < P::kGroups; ++group) {
         mbarrier_wait(&empty[group], parity);
@@ -166,11 +213,14 @@ __forceinline__ void load_queries(const Params& p, u8* memory, u64* full, u64* e
 }
 
 // What a tile's scores become before their maximum is taken; rows are this warp's, from m on. seen: with kMask, from load_seen.
-template <class T, u32 kPairs, bool kHidden, int kTiles, class Params>
+// add_tile: with kTile, adds the tile of the bias.
+template <class T, u32 kPairs, bool kHidden, int kTiles, class AddTile, class Params>
 __forceinline__ void finish_scores(float (&s)[kTiles][4], const Params& p, const Sequence& sequence, const ScoreRule& rule,
-                                   const Corner& corner, const u32 (&seen)[2]) {
+                                   const Corner& corner, const u32 (&seen)[2], AddTile add_tile) {
   if constexpr (kPairs & kGeneral) score_tile(s, rule, sequence, corner);
-  if constexpr (kPairs & kBias) {
+  if constexpr (kPairs & kTile) {
+    add_tile();
+  } else if constexpr (kPairs & kBias) {
     if (p.bias_float) {
       add_bias(s, pairs_of<float>(p.bias, p.bias_stride, sequence), corner);
     } else {
@@ -198,11 +248,11 @@ __forceinline__ void drop(float (&s)[kTiles][4], const Philox& philox, u32 thres
 
 // One consumer: 64 rows of every piece of work.
 template <class T, class P, int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N, u32 kPairs, class Ring, class Next, class Params>
-__forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values, const int* numbers, u64* q_full, u64* q_empty,
-                             int group, Next next) {
+__forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values, Ring biases, const int* numbers, u64* q_full,
+                             u64* q_empty, int group, int rank, Next next) {
   constexpr bool kOverlaps = P::kHas(kOverlap), kTurns = P::kHas(kPingPong) && P::kGroups > 1;
   constexpr bool kRescaleLate = kOverlaps && HEADDIM_V > 128;  // behind the next scores' issue: o is long to walk
-  constexpr bool kMasked = (kPairs & kMask) != 0, kAllHidden = kMasked || (kPairs & kBias) != 0;
+  constexpr bool kMasked = P::kMasked, kAllHidden = kMasked || (kPairs & (kBias | kTile)) == kBias;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
   const bool leader = threadIdx.x % 128 == 0;
   u8* q = memory + group * P::kQ;
@@ -216,18 +266,28 @@ __forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values
     if constexpr (kTurns) named_barrier_arrive(kTurnBarrier + (group + 1) % P::kGroups, 256);
   };
   auto release = [&](Ring& ring) {
-    if (lane == 0) ring.release();
+    if constexpr (P::kCluster > 1) {  // to both that load
+      if (lane < P::kCluster) mbarrier_arrive_remote_read(&ring.empty[ring.slot], lane);
+    } else {
+      if (lane == 0) ring.release();
+    }
     ring.advance();
+  };
+  auto release_bias = [&] {
+    fence_async_shared();  // ordinary loads have read what TMA overwrites next
+    __syncwarp();
+    if (lane == 0) biases.release();
+    biases.advance();
   };
 
   for (int i; (i = next()) >= 0;) {
-    const Work work = work_of<BLOCK_M>(p, i);
+    const Work work = work_of<BLOCK_M, P::kCluster>(p, i, rank);
     const Sequence sequence = sequence_of(p, work.b, work.h);
-    if (work.m0 >= sequence.seqlen_q) continue;
+    if (work.first >= sequence.seqlen_q) continue;
     const int m0 = work.m0 + 64 * group, m = m0 + 16 * warp;  // of this group, of this warp
-    const Tiles tiles = tiles_of<BLOCK_M, BLOCK_N>(p, sequence, work.m0, m0);
+    const Tiles tiles = tiles_of<BLOCK_N>(p, sequence, work, m0);
     const ScoreRule rule = score_rule(p, sequence);
-    const float factor = kPairs & kGeneral ? 1.0f : rule.scale;
+    const float factor = kPairs & (kGeneral | kBias) ? 1.0f : rule.scale;
     const u32 head = work.b * p.nheads + work.h;
     Philox philox = {};
     if constexpr (kPairs & kDropout) philox = load_philox(p.philox);
@@ -235,12 +295,19 @@ __forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values
     float s[BLOCK_N / 8][4], o[HEADDIM_V / 8][4];
     u32 probabilities[BLOCK_N / 4];
     float top[2], total[2], share[2];
+    bool rescales = false;
     start_rows<T>(p, work.h, top, total);
 #pragma unroll
     for (int j = 0; j < HEADDIM_V / 8; ++j) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
 
-    auto issue_s = [&] {
-      keys.await_full();
+    // What the first product needs is awaited a tile ahead, behind the exponentials: it keeps them from sinking behind the wait for
+    // the second product, and the first one from waiting where nothing else runs. Random words need the registers.
+    constexpr bool kAhead = kOverlaps && !(kPairs & kDropout);
+    auto await_next = [&](int j) {
+      if (kAhead && j > 0) keys.await_full();
+    };
+    auto issue_s = [&](bool awaited) {
+      if (!awaited) keys.await_full();
       turn();
       wgmma_pin(flat(s));
       wgmma_fence();
@@ -265,14 +332,34 @@ __forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values
     auto soften = [&](auto hidden, int j) {
       constexpr bool kHidden = decltype(hidden)::value;
       const int n0 = tiles.lo + j * BLOCK_N;
-      finish_scores<T, kPairs, kHidden>(s, p, sequence, rule, corner_of(p, sequence, m, n0), seen);
-      online_softmax_sm90<kHidden, P::kHas(kLazy), P::kHas(kPolynomial)>(s, top, total, share, factor);
+      finish_scores<T, kPairs, kHidden>(s, p, sequence, rule, corner_of(p, sequence, m, n0), seen, [&] {
+        biases.await_full();
+        const u8* tile = memory + P::kAtBias + biases.slot * P::Bias::kBytes;
+        add_tile<T, typename P::Bias>(s, kPairs & kGeneral ? 1.0f : rule.scale, tile, 64 * group + 16 * warp);
+        release_bias();
+      });
+      online_softmax_sm90<kHidden || P::kBiased, P::kHas(kLazy), P::kHas(kPolynomial)>(s, top, total, share, factor);
+      rescales = grew<P::kHas(kLazy)>(share, total);
       if constexpr (kPairs & kDropout) drop(s, philox, p.dropout_threshold, m, n0, head);
+    };
+    auto pass = [&] {  // a tile that none of these rows sees
+      keys.await_full();
+      turn();
+      pass_turn();
+      __syncwarp();  // a lane that lags must not find the slot filled again
+      release(keys);
+      if constexpr (P::kBiased) {
+        biases.await_full();
+        release_bias();
+      }
+      values.await_full();
+      __syncwarp();
+      release(values);
     };
     auto step = [&](auto hidden, int j) {
       if constexpr (kOverlaps) {
-        issue_s();
-        if constexpr (kRescaleLate) rescale<P::kHas(kLazy)>(o, share);
+        issue_s(kAhead || kMasked);
+        if (kRescaleLate && rescales) rescale(o, share);
         issue_o();
         pass_turn();
         look(j);
@@ -280,18 +367,16 @@ __forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values
         wgmma_pin(flat(s));
         release(keys);
         soften(hidden, j);
-        if (!(kPairs & kDropout)) {  // random words need the registers
-          wgmma_pin(flat(s));
-          if (kMasked || j > 0) keys.await_full();  // ahead of its time: keeps exponentials from sinking behind the next wait
-        }
+        wgmma_pin(flat(s));
+        await_next(j);
         wgmma_wait<0>();
         wgmma_pin(flat(o));
         wgmma_pin(flat(s));
         release(values);
         pack_probabilities<T>(probabilities, s);
-        if constexpr (!kRescaleLate) rescale<P::kHas(kLazy)>(o, share);
+        if (!kRescaleLate && rescales) rescale(o, share);
       } else {
-        issue_s();
+        issue_s(kMasked);
         pass_turn();
         look(j);
         wgmma_wait<0>();
@@ -299,7 +384,7 @@ __forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values
         release(keys);
         soften(hidden, j);
         pack_probabilities<T>(probabilities, s);
-        rescale<P::kHas(kLazy)>(o, share);
+        if (rescales) rescale(o, share);
         issue_o();
         wgmma_wait<0>();
         wgmma_pin(flat(o));
@@ -318,31 +403,34 @@ __forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values
       return j;
     };
     int j = following(tiles.count);
-    const bool some = j >= 0;
+    for (; j >= tiles.seen_end; j = following(j)) pass();
+    const bool some = j >= tiles.seen_first;
     if (kOverlaps && some) {
-      issue_s();
+      issue_s(kMasked);
       pass_turn();
       look(j);
       wgmma_wait<0>();
       wgmma_pin(flat(s));
       release(keys);
       soften(Constant<true>{}, j);
+      await_next(j);
       pack_probabilities<T>(probabilities, s);
       j = following(j);
     }
-    for (; j >= (kAllHidden ? 0 : tiles.whole_end); j = following(j)) step(Constant<true>{}, j);
+    for (; j >= (kAllHidden ? tiles.seen_first : tiles.whole_end); j = following(j)) step(Constant<true>{}, j);
     if constexpr (!kAllHidden) {
       for (; j >= tiles.whole_first; --j) step(Constant<false>{}, j);
-      for (; j >= 0; --j) step(Constant<true>{}, j);
+      for (; j >= tiles.seen_first; --j) step(Constant<true>{}, j);
     }
     if (P::kHas(kApart) && lane == 0) mbarrier_arrive(&q_empty[group]);
     if (kOverlaps && some) {
-      if constexpr (kRescaleLate) rescale<P::kHas(kLazy)>(o, share);
+      if (kRescaleLate && rescales) rescale(o, share);
       issue_o();
       wgmma_wait<0>();
       wgmma_pin(flat(o));
       release(values);
     }
+    for (; j >= 0; j = following(j)) pass();
 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -374,6 +462,7 @@ __forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values
     } else {
       T* first = row_of<T>(p.o, p.o_stride, work.b, sequence.first_q, work.h, m0);
       store_ragged<T, HEADDIM_V>(first, p.o_stride[1], staging, rows, p.headdim_v);
+      fence_async_shared();  // the next q comes into the memory that was read
       named_barrier_sync(kStageBarrier + group, 128);
     }
     if (!P::kHas(kApart) && leader) {
@@ -387,23 +476,26 @@ __forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values
 template <class T, int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N, int kStages, u32 kWays, u32 kPairs>
 __global__ void __launch_bounds__(2 * BLOCK_M + 128, BLOCK_M == 64 && HEADDIM_V <= 192 ? 2 : 1)
     attention_fwd_sm90_kernel(const __grid_constant__ AttentionSm90Params p) {
-  using P = Plan<HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, kStages, kWays, (kPairs & kMask) != 0>;
-  constexpr int kGroups = P::kGroups;
+  using P = Plan<HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, kStages, kWays, kPairs>;
+  constexpr int kGroups = P::kGroups, kCluster = P::kCluster;
   u8* memory = shared_memory();
   u64* barriers = reinterpret_cast<u64*>(memory + P::kAtBarriers);
-  Ring<kStages> keys(barriers), values(barriers + 2 * kStages);
-  u64 *q_full = barriers + 4 * kStages, *q_empty = q_full + kGroups, *work_full = q_empty + kGroups;
+  Ring<kStages> keys(barriers), values(barriers + 2 * kStages), biases(barriers + 4 * kStages);
+  u64 *q_full = barriers + 6 * kStages, *q_empty = q_full + kGroups, *work_full = q_empty + kGroups;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     tma_prefetch_map(p.q_map);
     tma_prefetch_map(p.k_map);
     tma_prefetch_map(p.v_map);
     tma_prefetch_map(p.o_map);
+    if constexpr (P::kBiased) tma_prefetch_map(p.bias_map);
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(&keys.full[i], 1);
       mbarrier_init(&values.full[i], 1);
-      mbarrier_init(&keys.empty[i], 4 * kGroups);
-      mbarrier_init(&values.empty[i], 4 * kGroups);
+      mbarrier_init(&biases.full[i], 1);
+      mbarrier_init(&keys.empty[i], 4 * kGroups * kCluster);
+      mbarrier_init(&values.empty[i], 4 * kGroups * kCluster);
+      mbarrier_init(&biases.empty[i], 4 * kGroups);
     }
     for (int i = 0; i < kGroups; ++i) {
       mbarrier_init(&q_full[i], 1);
@@ -415,28 +507,36 @@ __global__ void __launch_bounds__(2 * BLOCK_M + 128, BLOCK_M == 64 && HEADDIM_V 
     }
     fence_barrier_init();
   }
-  __syncthreads();
+  if constexpr (kCluster > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
 
-  const int total = p.blocks_m * p.nheads * p.batch;
-  StaticSchedule rounds = {total, 0};
+  const int rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+  StaticSchedule rounds = {static_cast<u32>(p.pieces), gridDim.x / kCluster, blockIdx.x / kCluster, 0};
   int* numbers = reinterpret_cast<int*>(memory + P::kAtNumbers);
-  DynamicSchedule drawn = {total, numbers, work_full, work_full + DynamicSchedule::kSlots, 0, 0};
+  DynamicSchedule drawn = {p.pieces, numbers, work_full, work_full + DynamicSchedule::kSlots, 0, 0};
   int* tile_numbers = numbers + DynamicSchedule::kSlots;
   auto next = [&] { return P::kHas(kDynamic) ? drawn.next() : rounds.next(); };
   if (warp < 4) {
     registers_lower<P::kProducerRegisters>();
     if (warp == 0) {
-      load_keys<P, BLOCK_M, BLOCK_N, (kPairs & kMask) != 0>(
-          p, memory, keys, values, tile_numbers, [&] { return P::kHas(kDynamic) ? drawn.draw(p.counter) : rounds.next(); });
+      load_keys<P, BLOCK_M, BLOCK_N>(p, memory, keys, values, biases, tile_numbers, rank,
+                                     [&] { return P::kHas(kDynamic) ? drawn.draw(p.counter) : rounds.next(); });
     } else if (warp == 1) {
-      load_queries<P, BLOCK_M>(p, memory, q_full, q_empty, next);
+      load_queries<P, BLOCK_M>(p, memory, q_full, q_empty, rank, next);
     }
   } else {
     registers_raise<P::kConsumerRegisters>();
     const int group = warp / 4 - 1;
     if (P::kHas(kPingPong) && kGroups > 1 && group == kGroups - 1) named_barrier_arrive(kTurnBarrier, 256);
-    consume<T, P, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, kPairs>(p, memory, keys, values, tile_numbers, q_full, q_empty, group,
-                                                                next);
+    consume<T, P, HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, kPairs>(p, memory, keys, values, biases, tile_numbers, q_full, q_empty,
+                                                                group, rank, next);
     if (P::kHas(kPingPong) && kGroups > 1 && group == 0) named_barrier_sync(kTurnBarrier, 256);  // the turn nobody took
+  }
+  if constexpr (kCluster > 1) {  // until the other block no longer reaches into this one's memory
+    __syncwarp();
+    cluster_sync();
   }
 }

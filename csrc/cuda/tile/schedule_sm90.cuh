@@ -1,32 +1,38 @@
-// Which work a persistent block does: blocks of BLOCK_M queries of one head. Every role of the block walks the same list.
+// Which work a persistent block does: pieces of BLOCK_M queries of one head, or with clusters of two blocks, twice as many queries
+// or two heads. Every role of every block of a cluster walks the same list.
 #pragma once
 #include <ptx/core.cuh>
 #include <ptx/mbarrier.cuh>
 
+// This block's part of a piece, queries m0 … m0 + BLOCK_M - 1 of a head, and which queries the whole piece has.
 struct Work {
   int b, h, m0;
+  int first, rows;
 };
 
-// Number i of batch · nheads · blocks_m: heads_together heads at a time, so that their keys and values stay in the L2 cache;
-// within these the longest blocks of all heads come first.
-template <int BLOCK_M, class Params>
-__forceinline__ Work work_of(const Params& p, int i) {
+// Number i of batch · nheads / heads_each · blocks_m pieces: heads_together heads (pairs of them) at a time, so that their keys and
+// values stay in the L2 cache; within these the longest pieces of all heads come first.
+template <int BLOCK_M, int kCluster, class Params>
+__forceinline__ Work work_of(const Params& p, int i, int rank) {
+  const bool pairs = kCluster > 1 && p.heads_each == kCluster;
   int heads = p.batch * p.nheads;
+  if (pairs) heads /= kCluster;
   int part = i / (p.heads_together * p.blocks_m), first = part * p.heads_together;
   int together = min(p.heads_together, heads - first), rest = i - first * p.blocks_m;
   int block = rest / together, head = first + rest % together;
   if (p.longest_first) block = p.blocks_m - 1 - block;
-  return {head / p.nheads, head % p.nheads, block * BLOCK_M};
+  if (pairs) head = head * kCluster + rank;
+  int rows = pairs ? BLOCK_M : kCluster * BLOCK_M, m0 = block * rows;
+  return {head / p.nheads, head % p.nheads, pairs ? m0 : m0 + rank * BLOCK_M, m0, rows};
 }
 
-// Handed out in rounds of gridDim.x, every other round backwards: as work gets shorter, who had the longest of one round gets
-// the shortest of the next, and the sums stay even without asking anybody.
+// Handed out in rounds, a piece to each of `walkers`, every other round backwards: as work gets shorter, who had the longest of one
+// round gets the shortest of the next, and the sums stay even without asking anybody.
 struct StaticSchedule {
-  int total, round;
-  // The next number, -1 at the end.
+  u32 total, walkers, walker, round;
+  // The next number, -1 at the end: round · walkers + walker, or in odd rounds (round + 1) · walkers - 1 - walker.
   __forceinline__ int next() {
-    i64 base = static_cast<i64>(round) * gridDim.x;
-    i64 i = base + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    u32 i = ((round + 1) & ~1u) * walkers + (walker ^ (0u - (round & 1)));
     ++round;
     return i < total ? static_cast<int>(i) : -1;
   }

@@ -46,7 +46,7 @@ __forceinline__ void online_softmax_sm90(float (&s)[kTiles][4], float (&top)[2],
     float shift = kHidden && raised == -infinity() ? 0.0f : raised;
     share[r] = exp2_approx(top[r] - shift);
     top[r] = raised;
-    float sum[2] = {0.0f, 0.0f};
+    float sum[2];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -54,17 +54,23 @@ __forceinline__ void online_softmax_sm90(float (&s)[kTiles][4], float (&top)[2],
         float& x = s[j][2 * r + e];
         x = fmaf(x, factor, -shift);
         x = kPolynomial && !kHidden && j % 4 == 3 ? exp2_polynomial(x) : exp2_approx(x);
-        sum[e] += x;
+        sum[e] = j == 0 ? x : sum[e] + x;
       }
     }
     total[r] = fmaf(total[r], share[r], sum[0] + sum[1]);
   }
 }
 
-// o ·= share, row by row; kLazy: only if a row of this warp asks for it.
-template <bool kLazy, int kTiles>
+// Must this warp rescale o? Without kLazy always; with it, when a maximum grew. A sum is never negative: asking keeps the compiler
+// from adding up later, behind a wait that this vote stands in front of.
+template <bool kLazy>
+__forceinline__ bool grew(const float (&share)[2], const float (&total)[2]) {
+  return !kLazy || __any_sync(0xffffffffu, share[0] != 1.0f || share[1] != 1.0f || total[0] + total[1] < 0.0f);
+}
+
+// o ·= share, row by row.
+template <int kTiles>
 __forceinline__ void rescale(float (&o)[kTiles][4], const float (&share)[2]) {
-  if (kLazy && !__any_sync(0xffffffffu, share[0] != 1.0f || share[1] != 1.0f)) return;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
 #pragma unroll

@@ -35,48 +35,97 @@ def objections(spec: Any) -> list[str]:
 
 def takes(spec: Any, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Does the Hopper forward serve this call? TMA wants rows at multiples of 16 bytes and no dimension expanded."""
-    return not objections(spec) and _reachable(q) and _reachable(k) and _reachable(v)
+    return _takes_spec(spec, cuda.arch(q.device)) and _reachable(q) and _reachable(k) and _reachable(v)
+
+
+@functools.lru_cache(4096)
+def _takes_spec(spec: Any, arch: int) -> bool:
+    return not objections(spec)
 
 
 def _reachable(t: Tensor) -> bool:
-    dimensions = zip(t.shape[:-1], t.stride()[:-1], strict=True)
-    multiples = all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in dimensions)
-    return multiples and t.numel() > 0 and t.data_ptr() % 16 == 0
+    return t.data_ptr() % 16 == 0 and _strides_reachable(t.shape, t.stride())
+
+
+@functools.lru_cache(4096)
+def _strides_reachable(sizes: tuple[int, ...], strides_of: tuple[int, ...]) -> bool:
+    dimensions = zip(sizes[:-1], strides_of[:-1], strict=True)
+    return 0 not in sizes and all(size == 1 or (stride > 0 and stride % 8 == 0) for size, stride in dimensions)
 
 
 def _map(t: Tensor, rows: int) -> cuda.TensorMap:
     """(headdim, seqlen, heads, batch) in boxes of `rows` rows and one panel of columns."""
-    *batch, seqlen, heads, headdim = t.shape
-    *over_batch, over_rows, over_heads, _ = t.stride()
+    return cuda.TensorMap(t, *_mapped(t.shape, t.stride()), (_PANEL, rows, 1, 1), 128)
+
+
+@functools.lru_cache(4096)
+def _mapped(shape: tuple[int, ...], strides_of: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    *batch, seqlen, heads, headdim = shape
+    *over_batch, over_rows, over_heads, _ = strides_of
     sizes = (headdim, seqlen, heads, batch[0] if batch else 1)
     # a dimension with one entry may have any stride; TMA wants a multiple of 16 bytes
     steps = zip(sizes[1:], (over_rows, over_heads, over_batch[0] if batch else 0), strict=True)
-    return cuda.TensorMap(t, sizes, tuple(8 if size == 1 else step for size, step in steps), (_PANEL, rows, 1, 1), 128)
+    return sizes, tuple(8 if size == 1 else step for size, step in steps)
 
 
-def _pairs(spec: Any) -> str:
+class _Road(NamedTuple):
+    """How the kernel gets at a bias: element by element, or by TMA in tiles; there in rows where all queries share one."""
+
+    tile: bool = False
+    row: bool = False
+    wide: bool = False  # of floats
+
+
+def _road(bias: Tensor | None) -> _Road:
+    """By TMA where it can: keys next to each other, everything else at multiples of 16 bytes."""
+    if bias is None:
+        return _Road()
+    *over, over_keys = pair_strides(bias)
+    bytes_each = bias.element_size()
+    tile = over_keys == 1 and all(n * bytes_each % 16 == 0 for n in over) and bias.data_ptr() % 16 == 0
+    return _Road(tile, over[2] == 0, bytes_each == 4) if tile else _Road()
+
+
+def _bias_map(bias: Tensor, spec: Any, road: _Road, row: tuning_sm90.Row) -> cuda.TensorMap:
+    """(key, query, head, batch), 1 where it broadcasts, in boxes as BiasTile in csrc/cuda/tile/bias_sm90.cuh has them."""
+    strides_of = pair_strides(bias)[2::-1]
+    full = (spec.seqlen_q, spec.nheads, spec.batch)
+    sizes = (bias.shape[-1], *(size if stride else 1 for size, stride in zip(full, strides_of, strict=True)))
+    each = bias.element_size()
+    steps = tuple(stride or 16 // each for stride in strides_of)
+    if road.row:
+        return cuda.TensorMap(bias, sizes, steps, (row.BLOCK_N, 1, 1, 1))
+    span = next(span for span in (128, 64, 32) if row.BLOCK_N * each % span == 0)
+    return cuda.TensorMap(bias, sizes, steps, (span // each, row.BLOCK_M, 1, 1), span)
+
+
+def _pairs(spec: Any, road: _Road) -> str:
     """The template argument kPairs."""
-    general = spec.softcap is not None or spec.alibi or spec.bias or spec.scale < SMALLEST_SCALE
-    wanted = (("kGeneral", general), ("kMask", spec.mask), ("kBias", spec.bias), ("kDropout", spec.dropout_p > 0))
+    general = spec.softcap is not None or spec.alibi or (spec.bias and not road.tile)
+    general = general or (spec.scale < SMALLEST_SCALE and not spec.bias)
+    wanted = (
+        *(("kGeneral", general), ("kMask", spec.mask), ("kBias", spec.bias), ("kDropout", spec.dropout_p > 0)),
+        *(("kTile", road.tile), ("kRow", road.row), ("kWide", road.wide)),
+    )
     return " | ".join(name for name, holds in wanted if holds) or "0"
 
 
-def kernel(spec: Any, row: tuning_sm90.Row) -> cuda.Kernel:
+def kernel(spec: Any, row: tuning_sm90.Row, road: _Road) -> cuda.Kernel:
     constants = (
         *(_TYPES[spec.dtype], str(row.headdim), str(row.headdim_v), str(row.BLOCK_M), str(row.BLOCK_N)),
-        *(str(row.stages), row.flags, _pairs(spec)),
+        *(str(row.stages), row.flags, _pairs(spec, road)),
     )
     layout = ("attention_sm90_params.h", "AttentionSm90Params")
-    return cuda.kernel(
-        "attention_fwd_sm90.cuh", "attention_fwd_sm90_kernel", constants, layout, row.threads, row.shared, hopper=True
-    )
+    name = ("attention_fwd_sm90.cuh", "attention_fwd_sm90_kernel")
+    return cuda.kernel(*name, constants, layout, row.threads, row.shared, row.cluster, hopper=True)
 
 
-def _heads_together(spec: Any) -> int:
-    """So many heads of q that their keys and values stay in the L2 cache while all their queries pass."""
+def _heads_together(spec: Any, each: int) -> int:
+    """So many heads of q, `each` of them a piece of work, that their keys and values stay in the L2 cache while all their queries
+    pass."""
     of_one = max(1, spec.seqlen_k * (spec.headdim + spec.headdim_v) * 2)
     together = max(1, _L2_BYTES // of_one) * (spec.nheads // spec.nheads_k)
-    return min(together, spec.batch * spec.nheads)
+    return min(together, spec.batch * spec.nheads) // each
 
 
 class _Plan(NamedTuple):
@@ -88,22 +137,25 @@ class _Plan(NamedTuple):
 
 
 @functools.lru_cache(4096)
-def _plan(spec: Any, row: tuning_sm90.Row, sms: int) -> _Plan:
+def _plan(spec: Any, row: tuning_sm90.Row, road: _Road, sms: int) -> _Plan:
     """All that follows from the call without its tensors, in the order of AttentionSm90Params."""
-    blocks_m = -(-spec.seqlen_q // row.BLOCK_M)
+    # the blocks of a cluster take two heads that share their keys, else as many queries more of one
+    heads_each = row.cluster if spec.nheads // spec.nheads_k % row.cluster == 0 else 1
+    blocks_m = -(-spec.seqlen_q // (row.BLOCK_M * row.cluster // heads_each))
+    pieces = blocks_m * spec.nheads * spec.batch // heads_each
     everything, left, right = spec.seqlen_q + spec.seqlen_k, edge(spec.left, spec), edge(spec.right, spec)
     hides = spec.packed or spec.mask or spec.bias or left is not None or right is not None
     return _Plan(
         row,
-        kernel(spec, row),
-        (min(blocks_m * spec.nheads * spec.batch, sms * row.blocks), 1, 1),
+        kernel(spec, row, road),
+        (min(pieces, sms * row.blocks // row.cluster) * row.cluster, 1, 1),
         (
             spec.batch, spec.nheads, spec.nheads_k, spec.headdim, spec.headdim_v, spec.seqlen_q, spec.seqlen_k,
             everything if left is None else left, everything if right is None else right, int(spec.upper_left),
         ),
         (
             float(spec.scale), spec.softcap or 0.0, *dropout(spec),
-            blocks_m, _heads_together(spec), int(right is not None), int(hides),
+            pieces, blocks_m, _heads_together(spec, heads_each), heads_each, int(right is not None), int(hides),
         ),
     )  # fmt: skip
 
@@ -123,11 +175,14 @@ def forward(
     cu_seqlens_k: Tensor | None,
     philox: Tensor | None,
 ) -> None:
-    plan = _plan(spec, tuning_sm90.row_of(spec), cuda.sms(q.device))
+    road = _road(bias)
+    plan = _plan(spec, tuning_sm90.row_of(spec), road, cuda.sms(q.device))
     row = plan.row
+    k_map = _map(k, row.BLOCK_N // row.cluster)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if "dynamic" in row.ways else None
     values = (
-        _map(q, 64), _map(o, 64), _map(k, row.BLOCK_N), _map(v, row.BLOCK_N),
+        _map(q, 64), _map(o, 64), k_map, _map(v, row.BLOCK_N // row.cluster),
+        _bias_map(bias, spec, road, row) if bias is not None and road.tile else k_map,
         q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, philox, counter,
         *strides(q), *strides(k), *strides(v), *strides(o),
         0 if spec.packed else lse.stride(0), lse.stride(-2),
