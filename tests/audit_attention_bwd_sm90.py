@@ -1,4 +1,5 @@
-"""The launches of the Hopper attention backward, recorded on CPU tensors for the audit: every row of its table."""
+"""The launches of the Hopper attention backward, recorded on CPU tensors for the audit: every row of its table, and those that are
+persistent or apart, which a GPU is to choose from."""
 
 from __future__ import annotations
 
@@ -28,6 +29,11 @@ def launches(arch: int, *, everything: bool) -> Iterator[cuda.Launch]:
             for options in _options(row.kind):
                 for dtype in (BF16, torch.float16) if everything else (BF16,):
                     yield from _call(arch, row, dtype, options)
+        if everything and row.kind == "plain":
+            for other in _cuda_bwd_sm90.candidates(row.headdim, row.headdim_v, row.kind):
+                if other.ways & {"persistent", "apart"}:
+                    with _cuda_bwd_sm90.tried(other):
+                        yield from _call(arch, other, BF16, {"causal": True})
 
 
 def expected(kernel: cuda.Kernel, arch: int) -> tuple[str, ...]:
@@ -35,8 +41,11 @@ def expected(kernel: cuda.Kernel, arch: int) -> tuple[str, ...]:
         return ("LDG.E.NA.128.CONSTANT", "STG.E.128")
     dtype = {"bf16": ".BF16", "f16": ""}[kernel.constants[0]]
     headdim, headdim_v, block_m, block_n = (int(c) for c in kernel.constants[1:5])
-    wide = 2 if block_n == 64 else 1
-    columns = block_m // wide, headdim // wide, headdim_v // wide, headdim * block_m // 128  # s and dP, dk, dv, dq
+    if block_n == 96:  # s and dP, dk, dv, dq
+        columns: tuple[int, ...] = 32, 96, 96 if headdim_v == headdim else 32, 64
+    else:
+        wide = 2 if block_n == 64 else 1
+        columns = block_m // wide, headdim // wide, headdim_v // wide, headdim * block_m // 128
     products = tuple(f"HGMMA.64x{n}x16.F32{dtype}" for n in columns)
     return (*products, "UTMALDG.4D", "UBLKRED.G.S.ADD.F32.RN", "SYNCS", "STSM.16.M88.4", "MUFU.EX2", "USETMAXREG")
 

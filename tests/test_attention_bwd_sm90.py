@@ -1,6 +1,6 @@
 """The Hopper attention backward held to the law: on such a GPU where there is one, else in the emulator.
 
-Any forward pairs with any backward, so the reference's serves here. Blocks are 64 or 128 keys, tiles 64 or 128 queries: lengths
+Any forward pairs with any backward, so the reference's serves here. Blocks are 64 to 128 keys, tiles 64 or 128 queries: lengths
 are such that several blocks of keys add to a tile of dq, rings of two stages wrap, and every kind of tile occurs.
 """
 
@@ -87,7 +87,7 @@ def holds(
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("headdim, headdim_v", [(64, 64), (128, 128), (80, 72), (192, 128), (256, 256)])
+@pytest.mark.parametrize("headdim, headdim_v", [(64, 64), (128, 128), (80, 72), (192, 128), (176, 192), (256, 256)])
 def test_head_dimensions_hold_the_law(headdim, headdim_v, causal, launched):
     dtype = torch.float16 if headdim == 80 else torch.bfloat16
     holds(qkv(headdim=headdim, headdim_v=headdim_v, dtype=dtype), launched, causal=causal)
@@ -166,10 +166,10 @@ def test_a_bias_has_a_gradient(shape, launched):
     holds(tensors, launched, (*QKV, "bias"), terms=8.0, causal=True)
 
 
-def test_with_a_softcap_the_gradient_of_a_full_bias_is_left_to_the_kernels_for_every_gpu(launched):
-    tensors = qkv(40, 40) | {"bias": law.randn(1, NHEADS, 40, 40, seed=4).to(DEVICE)}
-    law.run(on_cuda, tensors, {"softcap": 5.0}, (*QKV, "bias"), ("o",), 0)
-    assert not any(name.startswith(KERNEL) for name in launched)
+def test_a_full_bias_has_a_gradient_together_with_a_softcap(launched):
+    """Scores far beyond the softcap: its derivative there is 0, that of the bias is not."""
+    tensors = qkv(40, 150) | {"bias": law.randn(1, NHEADS, 40, 150, seed=4).to(DEVICE)}
+    holds(tensors, launched, (*QKV, "bias"), terms=8.0, softcap=0.5, scale=20.0)
 
 
 @pytest.mark.parametrize("headdim", [64, 256])
@@ -221,28 +221,67 @@ def test_poison_spoils_what_sees_it_and_no_more(what, launched):
     holds(tensors, launched, causal=True)
 
 
-def test_equal_inputs_give_equal_bits_in_any_order_of_threads(monkeypatch, launched):
+def _row(headdim: int, headdim_v: int, *ways: str) -> _cuda_bwd_sm90.Row:
+    """Today's row for a band, gone about in these ways."""
+    row = _cuda_bwd_sm90.find(headdim, headdim_v, "plain")
+    assert row is not None
+    return row._replace(ways=frozenset(ways))
+
+
+TURNS = [(64, 64, ("ahead",)), (128, 128, ("ahead", "apart", "persistent")), (192, 192, ())]
+
+
+@pytest.mark.parametrize("headdim, headdim_v, ways", TURNS)
+def test_equal_inputs_give_equal_bits_in_any_order_of_threads(headdim, headdim_v, ways, monkeypatch, launched):
     """Four blocks of keys take turns at each tile of dq."""
     if DEVICE == "cpu":
         import emulator
-    tensors, found = qkv(200, 500, nheads=1), []
+    tensors, found = qkv(200, 500, headdim, headdim_v, nheads=1), []
     for seed in range(3):
         if DEVICE == "cpu":
             monkeypatch.setattr(cuda, "emulator", functools.partial(emulator.run, seed=seed))
-        found.append(law.run(on_cuda, tensors, {"causal": True}, QKV, ("o",), 0))
+        with _cuda_bwd_sm90.tried(_row(headdim, headdim_v, "ordered", *ways)):
+            found.append(law.run(on_cuda, tensors, {"causal": True}, QKV, ("o",), 0))
     assert all(torch.equal(found[0][f"d{name}"], other[f"d{name}"]) for other in found[1:] for name in QKV)
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
-def test_other_ways_hold_the_law(headdim, launched):
+PERSISTENT = [(128, 128, ("ahead", "ordered", "apart", "persistent")), (192, 128, ("ahead", "persistent"))]
+
+
+@pytest.mark.parametrize("headdim, headdim_v, ways", PERSISTENT)
+def test_a_block_that_does_work_after_work_holds_the_law(headdim, headdim_v, ways, launched):
+    """Few blocks for many keys; some keys have no query, some works lie beyond the end of their sequence."""
+    with _cuda_bwd_sm90.tried(_row(headdim, headdim_v, *ways)):
+        holds(qkv(70, 300, headdim, headdim_v, nheads=4, nheads_k=2), launched, causal="upper_left")
+        tensors = {name: t[0] for name, t in qkv(230, 300, headdim, headdim_v).items()}
+        cu = {
+            "cu_seqlens_q": torch.tensor([0, 70, 70, 81, 230], dtype=torch.int32).to(DEVICE),
+            "cu_seqlens_k": torch.tensor([0, 130, 140, 140, 300], dtype=torch.int32).to(DEVICE),
+        }
+        holds(tensors, launched, causal=True, **cu)
+
+
+def test_a_call_that_must_be_deterministic_takes_turns(launched):
+    row = _row(64, 64, "ahead")
+    with _cuda_bwd_sm90.tried(row):
+        assert _cuda_bwd_sm90.row_of(_spec(64)).ways == row.ways
+        assert _cuda_bwd_sm90.row_of(_spec(64)._replace(deterministic=True)).ways == {"ahead", "ordered"}
+    assert all("ordered" in row.ways for row in _cuda_bwd_sm90.ROWS)
+
+
+OTHER_WAYS = [(64, ("ordered",)), (64, ("ahead",)), (128, ("ordered",)), (128, ("ahead", "ordered", "apart"))]
+
+
+@pytest.mark.parametrize("headdim, ways", OTHER_WAYS)
+def test_other_ways_hold_the_law(headdim, ways, launched):
     """Without turns the sums of dq differ in rounding; the order of the products changes nothing."""
-    tensors = qkv(200, 300, headdim)
-    first, *others = _cuda_bwd_sm90.candidates(headdim, headdim, "plain")
+    tensors, first = qkv(200, 300, headdim), _cuda_bwd_sm90.find(headdim, headdim, "plain")
+    assert first is not None
     usual = holds(tensors, launched, causal=True)
-    for row in others[: 2 if headdim == 64 else 1]:
+    for row in [first._replace(ways=frozenset(ways))]:
         with _cuda_bwd_sm90.tried(row):
             found = holds(tensors, launched, causal=True)
-        same = QKV if row.ways ^ first.ways == {"ahead"} else ("k", "v")
+        same = QKV if "ordered" in ways else ("k", "v")
         assert all(torch.equal(found[f"d{name}"], usual[f"d{name}"]) for name in same)
 
 
@@ -251,10 +290,11 @@ def test_every_row_fits_a_multiprocessor(row):
     assert row.shared <= 227 << 10
 
 
-def test_products_are_those_counted_by_hand():
+@pytest.mark.parametrize("headdim", [128, 192])
+def test_products_are_those_counted_by_hand(headdim):
     """Of each tile: s and dP over the head, dv and dk over the queries, dq over the keys; the first s and dP and the last of the
     others stand outside of the loop."""
-    spec = _spec(128)
+    spec = _spec(headdim)
     row = _cuda_bwd_sm90.row_of(spec)
     kernel = _cuda_bwd_sm90.kernel(spec, row)
     built = audit.audit(kernel, jit.target(kernel, 90))

@@ -14,8 +14,9 @@ struct AttentionBwdSm90Params {
   const float* delta;         // the same shape: rowsum(dout ∘ o) - dlse
   float* dq_sums;    // [nheads · batch, blocks_m, BLOCK_M · HEADDIM], packed: [nheads, blocks_m, …]: dq / scale, 0 at launch;
                      // a tile lies as DqTile (tile/bwd_sm90.cuh) says
-  int* turns;        // [1 + nheads · batch · blocks_m], 0 at launch: numbers of blocks handed out, then for each tile of
-                     // dq_sums how many blocks of keys have added to it; null: they add in any order
+  int* drawn;        // [1], 0 at launch: how many blocks of keys have been handed out; null: blocks take their own number
+  int* turns;        // [nheads · batch · blocks_m · parts], 0 at launch: for each part of a tile of dq_sums how many blocks of keys
+                     // have added to it; null: they add in any order
   void* dq;          // as q, rows aligned to 16 bytes
   void* dk;          // as k, rows aligned to 16 bytes
   void* dv;          // as v, rows aligned to 16 bytes

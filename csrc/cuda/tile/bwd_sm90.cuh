@@ -1,5 +1,6 @@
-// The pairs of the Hopper backward, on transposed accumulators of wgmma: keys are rows, queries are columns. A thread's rows are
-// the keys n and n + 8, its columns the queries m + 8 j and the next; x[4 j + 2 r + e] belongs to key n + 8 r, query m + 8 j + e.
+// The pairs of the Hopper backward, on accumulators of wgmma, where x[4 j + 2 r + e] belongs to row 8 r and column 8 j + e counted
+// from the thread's first. Transposed accumulators have keys as rows and queries as columns, the others have it the other way
+// round; which one it is, `Lse` and `Delta` say: how a thread finds the numbers of its queries.
 #pragma once
 #include <ptx/convert.cuh>
 #include <ptx/core.cuh>
@@ -40,6 +41,32 @@ constexpr u32 kMask = 2;
 constexpr u32 kBias = 4;
 constexpr u32 kDropout = 8;
 
+// lse or delta of the four pairs 4 j … 4 j + 3. Queries are columns: these lie in shared memory, `from` that of the first one.
+struct OfColumns {
+  static constexpr bool kKeysAreRows = true;
+  const float* from;
+  __forceinline__ void get(float (&x)[4], int j) const {
+    float2 found = *reinterpret_cast<const float2*>(from + 8 * j);
+    x[0] = x[2] = found.x, x[1] = x[3] = found.y;
+  }
+};
+// Queries are rows: a thread has two.
+struct OfRows {
+  static constexpr bool kKeysAreRows = false;
+  float first, second;
+  __forceinline__ OfRows(const float* from) : first(from[0]), second(from[8]) {}
+  __forceinline__ void get(float (&x)[4], int) const { x[0] = x[1] = first, x[2] = x[3] = second; }
+};
+// How far the query and the key of register i lie behind the thread's first.
+template <bool kKeysAreRows>
+__forceinline__ int query_step(int i) {
+  return kKeysAreRows ? i / 4 * 8 + (i & 1) : (i >> 1 & 1) * 8;
+}
+template <bool kKeysAreRows>
+__forceinline__ int key_step(int i) {
+  return query_step<!kKeysAreRows>(i);
+}
+
 // A bit for each of kCount registers: may this pair be seen?
 template <int kCount>
 struct Seen {
@@ -47,10 +74,11 @@ struct Seen {
   __forceinline__ bool operator[](int i) const { return (bits[i / 32] >> i % 32 & 1) != 0; }
 };
 
-// By position, for rows n and n + 8 and columns from m on.
-template <int kCount, class Params>
+// By position, for keys from n and queries from m on.
+template <int kCount, bool kKeysAreRows, class Params>
 __forceinline__ Seen<kCount> seen_by_position(const Params& p, const Sequence& s, int n, int m) {
-  const Span span[2] = {queries_of(p, s, n, m), queries_of(p, s, n + 8, m)};
+  const Span span[2] = {kKeysAreRows ? queries_of(p, s, n, m) : span_of(p, s, m, n),
+                        kKeysAreRows ? queries_of(p, s, n + 8, m) : span_of(p, s, m + 8, n)};
   Seen<kCount> seen = {};
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -59,14 +87,15 @@ __forceinline__ Seen<kCount> seen_by_position(const Params& p, const Sequence& s
   return seen;
 }
 
-// P of a tile of raw products, in their place, with lse (in units of log 2) of the columns from shared memory.
-template <int kCount>
-__forceinline__ void probabilities(float (&s)[kCount], float scale, const float* lse) {
+// P of a tile of raw products, in their place; lse is in units of log 2.
+template <int kCount, class Lse>
+__forceinline__ void probabilities(float (&s)[kCount], float scale, const Lse& lse) {
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    float2 l = *reinterpret_cast<const float2*>(lse + 8 * j);
+    float l[4];
+    lse.get(l, j);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) s[4 * j + e] = exp2_approx(fmaf(s[4 * j + e], scale, e & 1 ? -l.y : -l.x));
+    for (int e = 0; e < 4; ++e) s[4 * j + e] = exp2_approx(fmaf(s[4 * j + e], scale, -l[e]));
   }
 }
 
@@ -77,22 +106,29 @@ __forceinline__ void hide(float (&x)[kCount], const Seen<kCount>& seen) {
 }
 
 // dS = P (dP - delta) in the place of dP.
-template <int kCount>
-__forceinline__ void score_gradients(float (&dp)[kCount], const float (&p)[kCount], const float* delta) {
+template <int kCount, class Delta>
+__forceinline__ void score_gradients(float (&dp)[kCount], const float (&p)[kCount], const Delta& delta) {
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    float2 d = *reinterpret_cast<const float2*>(delta + 8 * j);
+    float d[4];
+    delta.get(d, j);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) dp[4 * j + e] = p[4 * j + e] * (dp[4 * j + e] - (e & 1 ? d.y : d.x));
+    for (int e = 0; e < 4; ++e) dp[4 * j + e] = p[4 * j + e] * (dp[4 * j + e] - d[e]);
   }
 }
 
+// A bias and a softcap: the bias is added behind it, so that dbias is dS without the softcap's derivative.
+template <u32 kPairs>
+constexpr bool kTwoGradients = (kPairs & kBias) != 0 && (kPairs & kGeneral) != 0;
+
 // For calls with kPairs: P with the dropped pairs at 0 into `weights` (packed pairs of columns, as the next product's operand),
-// into s what dS multiplies, P times the softcap's derivative, its sign set where the pair is dropped. `seen` loses what the mask
-// or a bias of -inf hides; these are read where position shows the pair.
-template <class T, u32 kPairs, int kCount, class Params>
-__forceinline__ void pair_probabilities(float (&s)[kCount], u32 (&weights)[kCount / 2], Seen<kCount>& seen, const Params& p,
-                                        const Sequence& sequence, const ScoreRule& rule, const float* lse, int n, int m) {
+// into s what dS multiplies, P times the softcap's derivative, its sign set where the pair is dropped. With kTwoGradients the
+// derivative stands apart. `seen` loses what the mask or a bias of -inf hides; these are read where position shows the pair.
+template <class T, u32 kPairs, int kCount, class Lse, class Params>
+__forceinline__ void pair_probabilities(float (&s)[kCount], float (&derivatives)[kCount], u32 (&weights)[kCount / 2],
+                                        Seen<kCount>& seen, const Params& p, const Sequence& sequence, const ScoreRule& rule,
+                                        const Lse& lse, int n, int m) {
+  constexpr bool kKeysAreRows = Lse::kKeysAreRows;
   const u32 head = sequence.b * p.nheads + sequence.h;
   Philox philox = {};
   if constexpr (kPairs & kDropout) philox = load_philox(p.philox);
@@ -100,17 +136,23 @@ __forceinline__ void pair_probabilities(float (&s)[kCount], u32 (&weights)[kCoun
   const i64 bias = sequence.b * p.bias_stride[0] + sequence.h * p.bias_stride[1];
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    float2 l = *reinterpret_cast<const float2*>(lse + 8 * j);
+    float l[4];
+    lse.get(l, j);
     u32 word[4] = {};
     if constexpr (kPairs & kDropout) {
-      int lane = threadIdx.x & 31;
-      uint4 words = philox_fragment_transposed(philox, n - (lane >> 2), m + 8 * j - 2 * (lane & 3), head);
+      const int row = (threadIdx.x & 31) >> 2, column = 2 * (threadIdx.x & 3);
+      uint4 words;
+      if constexpr (kKeysAreRows) {
+        words = philox_fragment_transposed(philox, n - row, m + 8 * j - column, head);
+      } else {
+        words = philox_fragment(philox, n + 8 * j - column, m - row, head);
+      }
       word[0] = words.x, word[1] = words.y, word[2] = words.z, word[3] = words.w;
     }
     float weight[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int i = 4 * j + e, m_i = m + 8 * j + (e & 1), n_i = n + 8 * (e >> 1);
+      const int i = 4 * j + e, m_i = m + query_step<kKeysAreRows>(i), n_i = n + key_step<kKeysAreRows>(i);
       bool visible = seen[i];
       float score = s[i] * rule.scale, derivative = 1.0f;
       if constexpr (kPairs & kGeneral) {
@@ -135,9 +177,13 @@ __forceinline__ void pair_probabilities(float (&s)[kCount], u32 (&weights)[kCoun
       if constexpr (kPairs & (kMask | kBias)) {
         if (!visible) seen.bits[i / 32] &= ~(1u << i % 32);
       }
-      float probability = visible ? exp2_approx(score - (e & 1 ? l.y : l.x)) : 0.0f;
+      float probability = visible ? exp2_approx(score - l[e]) : 0.0f;
       bool dropped = kPairs & kDropout && word[e] < p.dropout_threshold;
       weight[e] = dropped ? 0.0f : probability;
+      if constexpr (kTwoGradients<kPairs>) {
+        derivatives[i] = derivative;
+        derivative = 1.0f;
+      }
       s[i] = __uint_as_float(__float_as_uint(probability * derivative) | (dropped ? 0x80000000u : 0u));
     }
     weights[2 * j] = pack<T>(weight[0], weight[1]);
@@ -145,14 +191,16 @@ __forceinline__ void pair_probabilities(float (&s)[kCount], u32 (&weights)[kCoun
   }
 }
 
-// dS of the same in the place of dP, and into dbias, which is not together with a softcap.
-template <u32 kPairs, int kCount, class Params>
-__forceinline__ void pair_gradients(float (&dp)[kCount], const float (&s)[kCount], const Seen<kCount>& seen, const Params& p,
-                                    const Sequence& sequence, const float* delta, int n, int m) {
+// dS of the same in the place of dP, and into dbias.
+template <u32 kPairs, int kCount, class Delta, class Params>
+__forceinline__ void pair_gradients(float (&dp)[kCount], const float (&s)[kCount], const float (&derivatives)[kCount],
+                                    const Seen<kCount>& seen, const Params& p, const Sequence& sequence, const Delta& delta, int n,
+                                    int m) {
   const i64 dbias = sequence.b * p.dbias_stride[0] + sequence.h * p.dbias_stride[1];
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
-    float2 d = *reinterpret_cast<const float2*>(delta + 8 * j);
+    float d[4];
+    delta.get(d, j);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int i = 4 * j + e;
@@ -161,10 +209,10 @@ __forceinline__ void pair_gradients(float (&dp)[kCount], const float (&s)[kCount
         gradient = __float_as_uint(probability) >> 31 != 0 ? 0.0f : gradient * p.dropout_scale;
         probability = fabsf(probability);
       }
-      gradient = probability * (gradient - (e & 1 ? d.y : d.x));
-      dp[i] = seen[i] ? gradient : 0.0f;
+      gradient = probability * (gradient - d[e]);
+      dp[i] = seen[i] ? (kTwoGradients<kPairs> ? gradient * derivatives[i] : gradient) : 0.0f;
       if constexpr (kPairs & kBias) {
-        const int m_i = m + 8 * j + (e & 1), n_i = n + 8 * (e >> 1);
+        const int m_i = m + query_step<Delta::kKeysAreRows>(i), n_i = n + key_step<Delta::kKeysAreRows>(i);
         if (p.dbias != nullptr && seen[i]) p.dbias[dbias + m_i * p.dbias_stride[2] + n_i * p.dbias_stride[3]] = gradient;
       }
     }

@@ -57,6 +57,19 @@ __forceinline__ void mark_lost(u8* marks, const float (&dk)[kCount], const float
   }
 }
 
+// The same of sums whose columns are keys: bit 2 (first + j) + e says whether a number of this thread's in its column 8 j + e is
+// not finite.
+template <int kCount>
+__forceinline__ u32 lost_columns(const float (&x)[kCount], int first) {
+  u32 bits = 0;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const int at = i / 2 * 4 + (i & 1);
+    if (x[at] * 0.0f + x[at + 2] * 0.0f != 0.0f) bits |= 1u << i;
+  }
+  return bits << 2 * first;
+}
+
 template <class T>
 __forceinline__ float dot_rows(const T* a, const T* b, int columns) {
   float sum = 0.0f;

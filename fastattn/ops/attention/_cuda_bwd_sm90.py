@@ -20,7 +20,7 @@ KINDS = (
     "masked",
     "pairs",
 )  # plain: the band alone; masked: a mask or bias; pairs: softcap, ALiBi or dropout too
-WAYS = ("ahead", "ordered")
+WAYS = ("ahead", "ordered", "persistent", "apart")
 _NO_PAIRS = (0, 0, 0, 0)
 _L2_BYTES = 32 << 20  # of the 50 MB: the rest is for k, v and what else runs
 ANALYSIS = "by analysis: docs/design/hopper-backward.md; not measured"
@@ -31,6 +31,8 @@ class Row(NamedTuple):
 
     ahead    the scores of the next tile are computed behind this one's dq and dk
     ordered  blocks of keys add to dq in one order, so that equal inputs give equal bits; without it, in any order
+    persistent  a block does work after work, and loads the next one's tiles while it stores this one's results; kind plain alone
+    apart    each consumer has a warp that adds its part of dq, and waits for the other once per tile; BLOCK_N 128 alone
     """
 
     headdim: int
@@ -46,14 +48,25 @@ class Row(NamedTuple):
         return f"sm_90a {self.BLOCK_M}x{self.BLOCK_N}, {ways} ({self.source})"
 
     @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply; one more serves them."""
+        return 3 if self.BLOCK_N == 96 else 2
+
+    @property
+    def parts(self) -> int:
+        """Of a tile of dq: they are added one by one, each in its own turn."""
+        return self.consumers if "apart" in self.ways else 1
+
+    @property
     def shared(self) -> int:
-        """Bytes of shared memory: k, v, stages of q and dout, dS (in the wide plan two stages and P), two slabs of dq, lse and
-        delta, barriers."""
-        wide, stages_dout = self.BLOCK_N == 64, 1 if self.headdim_v > 128 else 2
-        rows = self.BLOCK_N * (self.headdim + self.headdim_v) + 2 * self.BLOCK_M * self.headdim
-        rows += stages_dout * self.BLOCK_M * self.headdim_v + (3 if wide else 1) * self.BLOCK_M * self.BLOCK_N
-        barriers = 8 * (4 + 2 * stages_dout + 2)
-        return 2 * rows + 2 * 4 * 64 * 64 + 4 * self.BLOCK_M * (2 + stages_dout) + 128 + 80 + barriers
+        """Bytes of shared memory, as BwdPlan (csrc/cuda/tile/plan_bwd_sm90.cuh) lays them out."""
+        stages_dout = 1 if self.headdim_v > 128 else 2
+        pairs = {128: self.parts, 96: 2, 64: 3}[self.BLOCK_N]  # tiles of dS and P
+        tiles = self.BLOCK_N * (self.headdim + self.headdim_v) + 2 * self.BLOCK_M * self.headdim
+        tiles += stages_dout * self.BLOCK_M * self.headdim_v + pairs * self.BLOCK_M * self.BLOCK_N
+        slabs, rows = self.consumers * 4 * 64 * 64, 4 * self.BLOCK_M * (2 + stages_dout)
+        works = 96 * (3 if "persistent" in self.ways else 1)
+        return 2 * tiles + slabs + rows + 192 + 2048 + 2 * 16 + works + 16 + 8 * (13 + 2 * stages_dout)
 
     @property
     def tile(self) -> int:
@@ -61,14 +74,16 @@ class Row(NamedTuple):
         return self.BLOCK_M * self.headdim
 
 
-_USUAL = frozenset(WAYS)
-_WIDE = ((256, 128), (256, 256))
+_USUAL = frozenset(("ahead", "ordered"))
 ROWS = (
     Row(64, 64, "plain", 128, 128, _USUAL),
     Row(128, 128, "plain", 64, 128, _USUAL),
     Row(128, 128, "masked", 64, 128, _USUAL),
     Row(128, 128, "pairs", 64, 64, _USUAL),
-    *(Row(*heads, kind, 64, 64, _USUAL) for heads in _WIDE for kind in KINDS),
+    Row(192, 128, "plain", 64, 96, _USUAL),
+    Row(192, 128, "masked", 64, 96, _USUAL),
+    Row(192, 192, "plain", 64, 96, frozenset(("ordered",))),
+    *(Row(256, headdim_v, kind, 64, 64, _USUAL) for headdim_v in (128, 256) for kind in KINDS),
 )
 
 _trial: Row | None = None
@@ -89,10 +104,15 @@ def candidates(headdim: int, headdim_v: int, kind: str) -> list[Row]:
     """The rows to time against each other, today's first."""
     first = find(headdim, headdim_v, kind)
     assert first is not None
-    found = [first] + [first._replace(ways=first.ways ^ {way}) for way in WAYS] + [first._replace(ways=frozenset())]
-    if first.headdim_v % 128 == 0:  # both plans are there
-        found += [row._replace(BLOCK_M=64, BLOCK_N=64) for row in found if row.BLOCK_N == 128]
-    return [row._replace(source="under trial") for row in found]
+    ways = {first.ways, first.ways ^ {"ahead"}, first.ways ^ {"ordered"}, frozenset()}
+    if kind == "plain" and first.headdim > 64:  # at 64 the scores of 128 queries leave no registers for it
+        ways |= {first.ways | {"persistent"}}
+    if first.BLOCK_N == 128:
+        ways |= {each | {"apart"} for each in ways if "ahead" in each}
+    found = [first._replace(ways=each) for each in sorted(ways - {first.ways}, key=sorted)]
+    if first.headdim == first.headdim_v == 128 and first.BLOCK_N == 128:
+        found += [row._replace(BLOCK_M=64, BLOCK_N=64) for row in [first, *found] if "apart" not in row.ways]
+    return [row._replace(source="under trial") for row in [first, *found]]
 
 
 def kind_of(spec: Any) -> str:
@@ -110,7 +130,7 @@ def row_of(spec: Any) -> Row:
     """The row of a call that the Hopper backward takes."""
     row = find(spec.headdim, spec.headdim_v, kind_of(spec)) if _trial is None else _trial
     assert row is not None
-    return row
+    return row._replace(ways=row.ways | {"ordered"}) if spec.deterministic else row
 
 
 def objections(spec: Any) -> list[str]:
@@ -123,10 +143,9 @@ def objections(spec: Any) -> list[str]:
     return reasons
 
 
-def takes(spec: Any, q: Tensor, k: Tensor, v: Tensor, do: Tensor, dbias: Tensor | None) -> bool:
-    """Is this a call for the Hopper backward, on such a GPU? With a softcap it does not write the gradient of a bias."""
-    softcap = dbias is not None and spec.softcap is not None and _is_full(spec, dbias)
-    return not softcap and not objections(spec) and all(_reachable(t) for t in (q, k, v, do))
+def takes(spec: Any, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> bool:
+    """Is this a call for the Hopper backward, on such a GPU?"""
+    return not objections(spec) and all(_reachable(t) for t in (q, k, v, do))
 
 
 def _is_full(spec: Any, dbias: Tensor) -> bool:
@@ -144,10 +163,12 @@ def _pairs(spec: Any) -> str:
 def kernel(spec: Any, row: Row) -> cuda.Kernel:
     constants = (
         *(_TYPES[spec.dtype], str(row.headdim), str(row.headdim_v), str(row.BLOCK_M), str(row.BLOCK_N)),
-        *("kAhead" if "ahead" in row.ways else "0", _pairs(spec)),
+        *(" | ".join(f"k{way.title()}" for way in WAYS if way in row.ways - {"ordered"}) or "0", _pairs(spec)),
     )
     return cuda.kernel(
-        "attention_bwd_sm90.cuh", "attention_bwd_sm90_kernel", constants, _LAYOUT, 384, row.shared, hopper=True
+        *("attention_bwd_sm90.cuh", "attention_bwd_sm90_kernel", constants, _LAYOUT, 128 * (1 + row.consumers)),
+        row.shared,
+        hopper=True,
     )
 
 
@@ -194,14 +215,16 @@ def gradients(
     per_head = q.shape[0] // row.BLOCK_M + spec.batch if spec.packed else -(-spec.seqlen_q // row.BLOCK_M)
     tiles = per_head * spec.nheads * (1 if spec.packed else spec.batch)
     dq_sums = torch.zeros(tiles * row.tile, dtype=torch.float32, device=q.device)
-    turns = torch.zeros(1 + tiles, dtype=torch.int32, device=q.device) if "ordered" in row.ways else None
-    blocks_n = -(-spec.seqlen_k // row.BLOCK_N)
+    ordered, persistent = "ordered" in row.ways, "persistent" in row.ways
+    counters = torch.zeros(1 + (row.parts * tiles if ordered else 0), dtype=torch.int32, device=q.device)
+    drawn, turns = counters[:1] if ordered or persistent else None, counters[1:] if ordered else None
+    blocks_n, sms = -(-spec.seqlen_k // row.BLOCK_N), cuda.sms(q.device)
     left, right = edge(spec.left, spec), edge(spec.right, spec)
     everything = spec.seqlen_q + spec.seqlen_k
     values = (
         _map(q, row.BLOCK_M), _map(do, row.BLOCK_M), _map(k, row.BLOCK_N), _map(v, row.BLOCK_N),
-        q, k, v, do, lse_log2, delta, dq_sums, turns, dq, dk, dv, written, mask, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
-        philox,
+        q, k, v, do, lse_log2, delta, dq_sums, drawn, turns, dq, dk, dv, written,
+        mask, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, philox,
         *strides(q), *strides(k), *strides(v), *strides(do), *strides(dq), *strides(dk), *strides(dv),
         *((0, delta.stride(0)) if spec.packed else delta.stride()[:2]),
         *(number for t in (mask, bias, written) for number in (_NO_PAIRS if t is None else pair_strides(t))),
@@ -210,8 +233,10 @@ def gradients(
         everything if left is None else left, everything if right is None else right, int(spec.upper_left),
         int(bias is not None and bias.dtype == torch.float32), float(spec.scale), spec.softcap or 0.0,
         *dropout(spec),
-        per_head, blocks_n, _heads_together(spec, row, blocks_n, cuda.sms(q.device)),
+        per_head, blocks_n, _heads_together(spec, row, blocks_n, sms),
     )  # fmt: skip
-    cuda.run(kernel(spec, row), (blocks_n * spec.nheads_k * spec.batch, 1, 1), values, q.device)
+    works = blocks_n * spec.nheads_k * spec.batch
+    blocks = min(works, sms) if persistent else works
+    cuda.run(kernel(spec, row), (blocks, 1, 1), values, q.device)
     blocks_m = -(-spec.seqlen_q // row.BLOCK_M)
     cuda.run(dq_kernel(spec, row), (blocks_m * spec.nheads * spec.batch, 1, 1), values, q.device)
