@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import attention
+from fastattn.ops.attention import _cuda_bwd, attention
 from fastattn.runtime import cuda
 
 BF16 = torch.bfloat16
@@ -25,6 +25,11 @@ def launches(arch: int, *, everything: bool) -> Iterator[cuda.Launch]:
             for odd in (False, True):
                 yield from _record(arch, dtype, headdim, headdim_v, odd=odd, causal=True)
                 yield from _record(arch, dtype, headdim, headdim_v, odd=odd, bias=True, sinks=True)
+    for headdim, headdim_v in HEADS:  # what a GPU is to time against it
+        for pairs in (False, True):
+            row = next(r for r in _cuda_bwd.candidates(arch, headdim, pairs) if not r.adds_dq)
+            with _cuda_bwd.tried(row):
+                yield from _record(arch, BF16, headdim, headdim_v, bias=pairs, causal=not pairs)
 
 
 def expected(kernel: cuda.Kernel, arch: int) -> tuple[str, ...]:
@@ -32,10 +37,18 @@ def expected(kernel: cuda.Kernel, arch: int) -> tuple[str, ...]:
         return ("LDG.E.NA.128.CONSTANT",) if "true" in kernel.constants else ()
     if kernel.name == "attention_bwd_dsinks_kernel":
         return ("MUFU.EX2",)
+    if kernel.name == "attention_bwd_dq_sums_kernel":
+        return ("LDS.128", "STG.E.128")
     found: tuple[str, ...] = ("HMMA.16816.F32", "LDSM.16.M88.4")
+    flags = kernel.constants[-3:]  # aligned is the last one of dbias, the second last of dq, the third last of dkdv
+    aligned = flags[{"attention_bwd_dbias_kernel": 2, "attention_bwd_dq_kernel": 1}.get(kernel.name, 0)]
     if kernel.name != "attention_bwd_dbias_kernel":
         found += ("LDSM.16.MT88.4",)
-    return (*found, "LDGSTS.E.BYPASS.LTC128B.128") if "true" in kernel.constants[-2:] else found
+    if aligned == "true":
+        found += ("LDGSTS.E.BYPASS.LTC128B.128",)
+    if kernel.name == "attention_bwd_dkdv_kernel" and flags[2] == "true":
+        found += (f"{'REDG' if arch >= 90 else 'RED'}.E.ADD.F32.FTZ.RN.STRONG.GPU",)
+    return found
 
 
 def _record(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from attention_calls import DEVICE, NHEADS, Calls
 
-from fastattn.ops.attention import _cuda, _cuda_bwd, _reference, attention, reference
+from fastattn.ops.attention import _cuda, _cuda_bwd, _reference, attention, reference, tuning_cuda
 from fastattn.runtime import cuda, gpu
 
 EMULATED = DEVICE == "cpu"
@@ -31,9 +31,10 @@ qkv, OPTIONS, with_options = CALLS.qkv, CALLS.options, CALLS.with_options
 
 
 SMALL = {
-    False: _cuda_bwd.Row(0, 256, False, _cuda_bwd.Dkdv(32, 32, 2, 1), _cuda_bwd.Dq(32, 32, 2)),
-    True: _cuda_bwd.Row(0, 256, True, _cuda_bwd.Dkdv(32, 32, 1, 2), _cuda_bwd.Dq(32, 16, 2)),
+    False: _cuda_bwd.Row(0, 256, False, _cuda_bwd.Dkdv(32, 32, 2, 1), "ordered"),
+    True: _cuda_bwd.Row(0, 256, True, _cuda_bwd.Dkdv(32, 32, 1, 2), "ordered"),
 }
+APART = {False: _cuda_bwd.Dq(32, 32, 2), True: _cuda_bwd.Dq(32, 16, 2)}  # dq in a kernel of its own
 shipped = _cuda_bwd.find
 
 
@@ -65,6 +66,63 @@ def holds(
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option(option: str, dtype: torch.dtype) -> None:
     holds(*with_options(option, dtype=dtype))
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels that compute the scores twice."""
+    rows = {pairs: row._replace(dq=APART[pairs]) for pairs, row in SMALL.items()}
+    monkeypatch.setattr(_cuda_bwd, "find", lambda arch, headdim, pairs: rows[pairs])
+
+
+@pytest.fixture
+def unordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {pairs: row._replace(dq="unordered") for pairs, row in SMALL.items()}
+    monkeypatch.setattr(_cuda_bwd, "find", lambda arch, headdim, pairs: rows[pairs])
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize("option", OPTIONS)
+def test_dq_apart(option: str) -> None:
+    holds(*with_options(option))
+
+
+@pytest.mark.usefixtures("unordered")
+@pytest.mark.parametrize("option", ["causal", "window", "mask", "bias"])
+def test_dq_in_any_order(option: str) -> None:
+    holds(*with_options(option))
+
+
+@pytest.mark.parametrize("nheads,nheads_k", [(3, 3), (2, 1)])
+def test_heads_that_take_turns(nheads: int, nheads_k: int) -> None:
+    """Short sequences, so that several heads do, and a last group that is smaller; queries that see no key are written too."""
+    holds(qkv(100, 40, batch=3, nheads=nheads, nheads_k=nheads_k), {"causal": True})
+
+
+def turns(**options: Any) -> bool:
+    """Does a backward add up dq in turns?"""
+    tensors = {name: t.requires_grad_() for name, t in qkv().items()}
+    with cuda.recording(90) as recorded:
+        on_cuda(**tensors, **options).sum().backward()
+    (launch,) = (one for one in recorded.launches if one.kernel.name == "attention_bwd_dkdv_kernel")
+    names = [field[0] for field in launch.kernel.layout.fields]
+    return launch.values[names.index("dq_turns")] is not None
+
+
+@pytest.mark.usefixtures("unordered")
+def test_deterministic_calls_never_add_in_any_order() -> None:
+    assert not turns() and not turns(deterministic=False) and turns(deterministic=True)
+    with _cuda_bwd.tried(SMALL[False]._replace(dq="unordered")):
+        assert not turns() and turns(deterministic=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert turns() and not turns(deterministic=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_calls_are_deterministic_unless_a_row_says_otherwise() -> None:
+    assert turns() and all(row.dq != "unordered" for row in (*_cuda_bwd.ROWS, *_cuda_bwd.SEPARATE))
 
 
 _SAME = ({"causal", "window"}, {"bias", "shared_bias"})
@@ -200,6 +258,15 @@ def test_no_queries_or_no_keys_with_a_bias(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_that_do_not_exist_have_no_weight(dtype: torch.dtype) -> None:
+    """Scores of -136: a key of zeros behind the last one would have the weight exp(136)."""
+    tensors = qkv(64, 45, dtype=dtype)
+    tensors["q"][..., 0], tensors["k"][..., 0] = 64, -12
+    got = law.run(on_cuda, tensors, {}, QKV, ("o",), 0)
+    assert all(g.isfinite().all() for g in got.values()) and got["dq"].abs().amax() < 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("what", ["keys", "queries"])
 def test_what_may_not_be_seen_may_hold_anything(what: str, bad: float, dtype: torch.dtype) -> None:
@@ -259,7 +326,7 @@ def test_gradient_through_lse_and_strided_gradients() -> None:
     law.check(lse_of(on_cuda), lse_of(reference.attention), qkv(), wants=("q", "k"), names=("lse",))
 
 
-@pytest.mark.parametrize("option", ["causal", "shared_bias", "dropout", "sinks"])
+@pytest.mark.parametrize("option", ["causal", "shared_bias", "dropout", "sinks", "mask"])
 def test_same_bits(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the threads run in another order and copies land at other times."""
     tensors, options, wants = with_options(option)
@@ -289,8 +356,9 @@ def test_every_call_has_a_row_that_fits() -> None:
     for arch, headdim, headdim_v, pairs in itertools.product(
         (80, 86, 89, 90, 100, 120), (8, 64, 72, 128, 136, 192, 256), (8, 128, 256), (False, True)
     ):
-        row = shipped(arch, max(headdim, headdim_v), pairs)
-        assert row.headdim >= max(headdim, headdim_v) and row.pairs == pairs
-        for tile in (row.dkdv, row.dq):
-            assert tile.shared(row.headdim, row.headdim) <= gpu.shared_limit(arch) and 64 <= tile.threads <= 256
+        limit, heads = gpu.shared_limit(arch), max(headdim, headdim_v)
+        assert heads <= 64 or shipped(arch, heads, pairs).shared > 99 or gpu.shared_limit(arch) >> 10 == 99
+        for row in (shipped(arch, heads, pairs), *_cuda_bwd.candidates(arch, heads, pairs)):
+            assert row.headdim >= heads and row.pairs == pairs and 64 <= row.dkdv.threads <= 256
+            assert row.fits(limit, *tuning_cuda.widths(headdim, headdim_v))
     assert len({row[:3] for row in _cuda_bwd.ROWS}) == len(_cuda_bwd.ROWS)

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(2 * BLOCK_M, 1) attention_bwd_dbias_kernel(con
     for (int j = 0; j < kTiles; ++j) {
       uint4 words = {};
       if (p.philox != nullptr) words = philox_fragment(philox, n0 + 8 * j, m0 + 16 * warp, scores.head);
-      pair_gradients<T, false, true>(p, scores, weights[0][j], ds[0][j], statistics, span, m, n, s.diagonal, j, words);
+      pair_gradients<T, false, kInPlace>(p, scores, weights[0][j], ds[0][j], statistics, span, m, n, s.diagonal, j, words);
 #pragma unroll
       for (int e = 0; e < 4; ++e) total[j][e] += ds[0][j][e];
     }

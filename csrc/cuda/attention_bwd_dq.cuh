@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) attention_bwd_dq_kernel(const 
         for (int j = 0; j < BLOCK_N / 8; ++j) {
           uint4 words = {};
           if (p.philox != nullptr) words = philox_fragment(philox, n0 + 8 * j, m, scores.head);
-          pair_gradients<T, false, false>(p, scores, weights[r][j], ds[r][j], statistics[r], span[r], m + (lane >> 2), n,
-                                          s.diagonal, j, words);
+          pair_gradients<T, false, kToMemory>(p, scores, weights[r][j], ds[r][j], statistics[r], span[r], m + (lane >> 2), n,
+                                              s.diagonal, j, words);
         }
       }
     }
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) attention_bwd_dq_kernel(const 
       clean_tile<T, kThreads, KTile::kBytes>(k_tile);
       __syncthreads();
     }
-    add_product<T, KTile>(dq, ds, k_tile);
+    add_product<T, KTile, 1>(dq, ds, k_tile, 0);
   };
 
   for (;;) {

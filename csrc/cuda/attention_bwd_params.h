@@ -14,6 +14,10 @@ struct AttentionBwdParams {
   float* lse_log2;            // [batch, nheads, seqlen_q], contiguous: lse · log2 e, +inf where lse is -inf
   float* delta;               // the same shape: rowsum(dout ∘ o) - dlse
   void* dq;                   // as q, contiguous
+  float* dq_sums;             // dkdv kernel: [batch · nheads · dq_tiles] tiles of dq / scale, as DqTile (tile/bwd_dq.cuh) says
+  int* dq_turns;              // [1 + tiles of dq_sums], 0 at launch: numbers of blocks handed out, then for each tile how many
+                              // blocks of keys have had their turn, the first of which writes; null: dq_sums are 0 at launch,
+                              // and blocks add in any order
   void* dk;                   // as k, contiguous
   void* dv;                   // as v, contiguous
   float* dbias;               // may be null; zero before, because only visible pairs are written
@@ -38,6 +42,8 @@ struct AttentionBwdParams {
   int bias_float, sinks_float;  // 1: float, 0: the type of q
   int owned_b, owned_h;         // dbias kernel: the sequences and heads that dbias tells apart, 1 or all
   int bias_rows, bias_cols;     // dbias kernel: 1 where dbias has queries, has keys
+  int dq_tiles;                 // of dq_sums per head of one sequence; packed: per head, total_q / BLOCK_M + batch
+  int heads_together;           // dkdv kernel, in turns or not: so many heads of k take turns, block by block of keys
   float scale;
   float softcap;          // 0: none
   u32 dropout_threshold;  // a word below it drops its pair

@@ -4,6 +4,7 @@
 #pragma once
 #include <ptx/convert.cuh>
 #include <ptx/core.cuh>
+#include <ptx/memory.cuh>
 #include <tile/lost.cuh>
 #include <tile/swizzle.cuh>
 
@@ -22,6 +23,23 @@ __forceinline__ bool is_lost(const float (&x)[kRows][kTiles][4], int rows) {
     }
   }
   return lost;
+}
+
+// Is one in a tile of kBytes, as far as this thread's share of it goes?
+template <class T, int kThreads, int kBytes>
+__forceinline__ bool tile_is_lost(const u8* tile) {
+  float zero = 0.0f;
+#pragma unroll 4
+  for (int i = threadIdx.x * 16; i < kBytes; i += kThreads * 16) {
+    uint4 x = load_shared_16(tile + i);
+    const u32 pair[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float2 two = unpack<T>(pair[e]);
+      zero = fmaf(two.x, 0.0f, fmaf(two.y, 0.0f, zero));
+    }
+  }
+  return zero != 0.0f;
 }
 
 // Does a row of global memory hold such a number? A warp asks together.

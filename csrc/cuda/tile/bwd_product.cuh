@@ -68,29 +68,56 @@ __forceinline__ int lane_of_part(int part) {
   return B::lane_a() ^ part << 5;
 }
 
-// sum + a b for a in registers, an accumulator that is rounded to T.
-template <class T, class B, int kRows, int kTiles, int kCols8>
-__forceinline__ void add_product(float (&sum)[kRows][kTiles][4], const float (&a)[kRows][kCols8][4], const u8* b_tile) {
-  int lane = lane_of_part<B>(0);
+// sum + a b for a in registers, an accumulator that is rounded to T. b_tile: the first row that is summed over.
+template <class T, class B, int kSplit, int kRows, int kTiles, int kCols8>
+__forceinline__ void add_product(float (&sum)[kRows][kTiles][4], const float (&a)[kRows][kCols8][4], const u8* b_tile, int part) {
+  int lane = lane_of_part<B>(part);
 #pragma unroll
   for (int step = 0; step < kCols8 / 2; ++step) {
     u32 a_reg[kRows][4];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) pack_a<T>(a_reg[r], a[r], step);
-    add_product_step<T, B, 1>(sum, a_reg, b_tile, lane, 16 * step);
+    add_product_step<T, B, kSplit>(sum, a_reg, b_tile, lane, 16 * step);
   }
 }
 
-// The same for a in a tile [rows, 16 kSteps].
+// The same for a in a tile: its columns from 16 a_group on, 16 kSteps of them.
 template <class T, class A, class B, int kSteps, int kSplit, int kRows, int kTiles>
-__forceinline__ void add_product(float (&sum)[kRows][kTiles][4], const u8* a_tile, const u8* b_tile, int part) {
-  int lane_a = A::lane_a(), lane = lane_of_part<B>(part);
+__forceinline__ void add_product(float (&sum)[kRows][kTiles][4], const u8* a_tile, int a_group, const u8* b_tile, int part) {
+  int lane = lane_of_part<B>(part);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    int lane_a = A::move(A::lane_a(), 0, a_group + step);
+    u32 a[kRows][4];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) load_a<A>(a[r], a_tile, lane_a, 16 * r, 0);
+    add_product_step<T, B, kSplit>(sum, a, b_tile, lane, 16 * step);
+  }
+}
+
+// sum + aᵀ b, both tiles [16 kSteps, …], whose rows are summed over: 16 kRows columns of a from 16 a_group on and 8 kTiles of b
+// from 16 b_group on. Read through lane_b, what load_b_transposed gives is the A of the transposed tile.
+template <class T, class A, class B, int kSteps, int kRows, int kTiles>
+__forceinline__ void add_product_of_columns(float (&sum)[kRows][kTiles][4], const u8* a_tile, const u8* b_tile, int a_group,
+                                            int b_group) {
+  static_assert(kTiles % 2 == 0, "");
+  int at_a[kRows], at_b[kTiles / 2];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) at_a[r] = A::move(A::lane_b(), 0, a_group + r);
+#pragma unroll
+  for (int j = 0; j < kTiles / 2; ++j) at_b[j] = B::move(B::lane_a(), 0, b_group + j);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     u32 a[kRows][4];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) load_a<A>(a[r], a_tile, lane_a, 16 * r, step);
-    add_product_step<T, B, kSplit>(sum, a, b_tile, lane, 16 * step);
+    for (int r = 0; r < kRows; ++r) load_b_transposed<A>(a[r], a_tile, at_a[r], 16 * step, 0);
+#pragma unroll
+    for (int j = 0; j < kTiles / 2; ++j) {
+      u32 b[4];
+      load_b_transposed<B>(b, b_tile, at_b[j], 16 * step, 0);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) mma_m16n16k16<T>(sum[r][2 * j], sum[r][2 * j + 1], a[r], b);
+    }
   }
 }
 

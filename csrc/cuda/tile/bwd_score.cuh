@@ -114,9 +114,25 @@ __forceinline__ void score_gradient(const float (&s)[4], float (&dp)[4], const S
   }
 }
 
+// What a tile with hidden pairs needs behind score_gradient<false>.
+template <int kRows, int kTiles>
+__forceinline__ void hide_gradients(const float (&s)[kRows][kTiles][4], float (&ds)[kRows][kTiles][4]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (__float_as_uint(s[r][j][e]) == 0x80000000u) ds[r][j][e] = 0.0f;
+      }
+    }
+  }
+}
+
 // Both for calls with any option: s becomes P of the pairs that dropout keeps, dp becomes dS. (m, n) is the thread's first
-// pair of tile j = 0, `words` the random words of this tile. kBias: dp becomes the gradient of the bias instead.
-template <class T, bool kTransposed, bool kBias>
+// pair of tile j = 0, `words` the random words of this tile. kBias: who else wants the gradient of the bias.
+enum BiasGradient { kNotBias, kToMemory, kInPlace };  // nobody; h.dbias, if not null; dp, which becomes it instead of dS
+template <class T, bool kTransposed, BiasGradient kBias>
 __forceinline__ void pair_gradients(const AttentionBwdParams& p, const HeadScores& h, float (&s)[4], float (&dp)[4],
                                     const Statistics& t, const Span (&span)[2], int m, int n, int diagonal, int j, uint4 words) {
   auto m_of = [&](int e) { return kTransposed ? m + 8 * j + (e & 1) : m + 8 * (e >> 1); };
@@ -169,8 +185,8 @@ __forceinline__ void pair_gradients(const AttentionBwdParams& p, const HeadScore
     dp[e] = visible[e] ? s[e] * (dp[e] - t.delta[statistic(e)]) : 0.0f;
     s[e] = weight;
   }
-  if (kBias) return;
-  if (!kTransposed && h.dbias != nullptr) {
+  if (kBias == kInPlace) return;
+  if (kBias == kToMemory && h.dbias != nullptr) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (visible[e]) h.dbias[m_of(e) * h.dbias_m + n_of(e) * h.dbias_n] = dp[e];

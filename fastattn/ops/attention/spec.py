@@ -51,6 +51,7 @@ class AttentionSpec(NamedTuple):
     alibi: bool
     sinks: bool
     dropout_p: float
+    deterministic: bool = False  # the backward must give equal bits for equal inputs
 
 
 def band(op: str, causal: bool | str, window: Any) -> tuple[int | None, int | None, bool]:
