@@ -43,7 +43,8 @@ sanitize: $(VENV)/test
 aot: $(VENV)/test
 	$(BIN)/python tests/triton_aot.py --all --quiet
 
-# Every CUDA C++ kernel, compiled for sm_80, sm_90a, sm_100 and sm_120 (a sample of it is in `make test`).
+# Every CUDA C++ kernel, compiled for sm_80, sm_90a, sm_100 and sm_120 (a sample of it is in `make test`). More than an hour
+# from nothing, then only what has changed; it may be stopped and goes on where it was.
 audit: $(VENV)/test
 	$(BIN)/python tests/cuda_audit.py --all --quiet
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cuda_audit
 import pytest
-from cuda_probe import probe, probe_sources  # noqa: F401
+from cuda_probe import forget, probe, probe_sources  # noqa: F401
 
-from fastattn.runtime import audit, jit
+from fastattn.runtime import audit, cache, env, jit
 
 if jit.error() is not None:
     pytest.skip(jit.error() or "", allow_module_level=True)
@@ -26,13 +27,51 @@ def _sample() -> list[tuple[str, int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("room, arch", _sample())
 def test_kernels_fit_without_spilling(room, arch):
-    kernels = list(cuda_audit.distinct(room, arch, everything=False))
+    kernels = cuda_audit.distinct(room, arch, everything=False)
     if not kernels:
         pytest.skip(f"{room} has no kernels for sm_{arch}")
     kernel = kernels[cuda_audit.ARCHS.index(arch) % len(kernels)]  # another one for each architecture
-    built, faults = cuda_audit.faults(room, kernel, arch, hurried=False)
+    built, faults = cuda_audit.faults(cuda_audit.Case(room, kernel, arch))
     print(built)
     assert not faults, f"{built}: {'; '.join(faults)}"
+
+
+@pytest.fixture
+def compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels compiled since an empty cache."""
+    monkeypatch.setattr(env, "CUDA_CACHE", str(tmp_path / "cache"))
+    cache.folder.cache_clear()
+    made: list[str] = []
+    real = jit.compile
+
+    def counting(kernel: Any, target: str) -> jit.Compiled:
+        made.append(f"{kernel} {target}")
+        return real(kernel, target)
+
+    monkeypatch.setattr(jit, "compile", counting)
+    yield made
+    cache.folder.cache_clear()
+
+
+def test_a_kernel_is_audited_again_only_when_its_code_changes(probe_sources: Path, compilations):  # noqa: F811
+    assert not audit.is_kept(probe(), "sm_80")
+    first = audit.audit(probe(), "sm_80")
+    assert audit.is_kept(probe(), "sm_80") and audit.audit(probe(), "sm_80") == first and len(compilations) == 1
+    larger = audit.audit(probe(shared=4096), "sm_80")  # the same code, launched otherwise
+    assert larger.shared == first.shared + 4096 and len(compilations) == 1
+    assert audit.audit(probe(), "sm_80", fresh=True).opcodes == first.opcodes and len(compilations) == 2
+    header = probe_sources / "probe_more.cuh"
+    header.write_text(header.read_text().replace("x + T(by)", "x * x + T(by)"))
+    forget()
+    assert audit.audit(probe(), "sm_80").opcodes != first.opcodes and len(compilations) == 3
+
+
+def test_what_takes_too_long_is_compiled_twice_before_it_is_blamed(probe_sources: Path, compilations, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(audit, "SECONDS", 0.0)
+    monkeypatch.setattr(cuda_audit, "room_of", lambda name: None)  # which expects no instructions
+    built, faults = cuda_audit.faults(cuda_audit.Case("", probe(), 80, hurried=True))
+    assert len(compilations) == 2 and built is not None
+    assert any("s to compile, 0 s are allowed" in fault for fault in faults)
 
 
 SPILLING = """#include <probe_params.h>

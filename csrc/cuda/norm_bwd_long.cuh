@@ -3,7 +3,7 @@
 
 constexpr int kNormColumnsWarps = 8;
 
-// dx of a row that neither the registers of a block nor those of a cluster hold: the two means, then the row is read again.
+// dx of a row that norm_bwd_kernel cannot hold: the two means, then the row is read again.
 // Grid: rows. Shared memory: 320 bytes. Bound by memory: 3 · sizeof(T) bytes per element while the rows in work fit the L2
 // cache, else 5 · sizeof(T). Not measured.
 template <class T, class W, int kWidth, int kPacks>
@@ -13,40 +13,43 @@ __global__ void __launch_bounds__(kNormLongThreads, 1) norm_bwd_long_kernel(cons
   const float share = 1.0f / p.cols;
   auto* scratch = reinterpret_cast<SumScratch<2>*>(shared_memory());  // [1]
 
-  NormBwdRow<T, kWidth, kPacks> part;
-  auto terms = [&](int i, u32 n, float (&apart)[kWidth], float (&g)[kWidth]) {
-    part.terms(i, load_pack_or<W, kWidth>(p.weight, n, p.cols, 1.0f), p.weight_offset, apart, g);
+  NormBwdQueue<T, kWidth, kPacks, 1, false> part;
+  auto terms = [&](int i, u32 n, float (&x_hat)[kWidth], float (&g)[kWidth]) {
+    float dy[kWidth];
+    to_floats(dy, part.dy(i));
+    const auto weight = load_pack_or<W, kWidth>(p.weight, n, p.cols, 1.0f);
+    norm_bwd_terms(part.x(i), dy, part.mean[0], part.rstd[0], weight, p.weight_offset, x_hat, g);
   };
   float sums[2] = {0.0f, 0.0f};  // of g · x_hat, of g
   for (u32 start = first; start < p.cols; start += kChunk) {
-    part.load(p, row, start, kNext);
+    part.replace(p, row, start, kNext);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      float apart[kWidth], g[kWidth];
-      terms(i, start + i * kNext, apart, g);
+      float x_hat[kWidth], g[kWidth];
+      terms(i, start + i * kNext, x_hat, g);
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        sums[0] = fmaf(g[e], apart[e] * part.rstd, sums[0]);
+        sums[0] = fmaf(g[e], x_hat[e], sums[0]);
         sums[1] += g[e];
       }
     }
   }
   sum_block(sums, scratch[0]);
-  const float with_x = part.rstd * (sums[0] * share), alone = p.mean != nullptr ? sums[1] * share : 0.0f;
+  const float with_x = sums[0] * share, alone = p.mean != nullptr ? sums[1] * share : 0.0f;
 
   T* dx = static_cast<T*>(p.dx) + static_cast<i64>(row) * p.cols;
   const T* dsum = p.dsum != nullptr ? static_cast<const T*>(p.dsum) + row_start(row, p.dsum_size, p.dsum_stride) : nullptr;
   for (u32 start = first; start < p.cols; start += kChunk) {
-    part.load(p, row, start, kNext);
+    part.replace(p, row, start, kNext);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const u32 n = start + i * kNext;
       if (n < p.cols) {
-        float apart[kWidth], g[kWidth], d[kWidth];
-        terms(i, n, apart, g);
+        float x_hat[kWidth], g[kWidth], d[kWidth];
+        terms(i, n, x_hat, g);
         to_floats(d, dsum != nullptr ? load_pack<T, kWidth, true>(dsum + n) : splat<T, kWidth>(0.0f));
 #pragma unroll
-        for (int e = 0; e < kWidth; ++e) d[e] = fmaf(part.rstd, fmaf(-apart[e], with_x, g[e] - alone), d[e]);
+        for (int e = 0; e < kWidth; ++e) d[e] = fmaf(part.rstd[0], fmaf(-x_hat[e], with_x, g[e] - alone), d[e]);
         store_pack(dx + n, from_floats<T>(d));
       }
     }
@@ -67,17 +70,17 @@ __global__ void __launch_bounds__(32 * kNormColumnsWarps) norm_bwd_columns_kerne
   for (int e = 0; e < kWidth; ++e) dweight[e] = dbias[e] = 0.0f;
   if (n < p.cols) {
     for (u32 start = blockIdx.y * kNormColumnsWarps + warp; start < p.rows; start += step * kRows) {
-      NormBwdRow<T, kWidth, 1> rows[kRows];
+      NormBwdQueue<T, kWidth, 1, 1, false> rows[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) rows[r].load(p, start + r * step, n, 0);
+      for (int r = 0; r < kRows; ++r) rows[r].replace(p, start + r * step, n, 0);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         float x[kWidth], dy[kWidth];
-        to_floats(x, rows[r].x[0]);
-        to_floats(dy, rows[r].dy[0]);
+        to_floats(x, rows[r].x(0));
+        to_floats(dy, rows[r].dy(0));
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          dweight[e] = fmaf(dy[e], (x[e] - rows[r].mean) * rows[r].rstd, dweight[e]);
+          dweight[e] = fmaf(dy[e], (x[e] - rows[r].mean[0]) * rows[r].rstd[0], dweight[e]);
           dbias[e] += dy[e];
         }
       }

@@ -26,29 +26,26 @@ __forceinline__ Pack<T, kWidth> norm_affine(const Pack<T, kWidth>& x, float mean
 #pragma unroll
   for (int e = 0; e < kWidth; ++e) y[e] = (y[e] - mean) * rstd;
   if (round_first) to_floats(y, from_floats<T>(y));
+  if (offset != 0.0f) {  // one instruction in twelve
 #pragma unroll
-  for (int e = 0; e < kWidth; ++e) y[e] = fmaf(y[e], scale[e] + offset, shift[e]);
+    for (int e = 0; e < kWidth; ++e) scale[e] += offset;
+  }
+#pragma unroll
+  for (int e = 0; e < kWidth; ++e) y[e] = fmaf(y[e], scale[e], shift[e]);
   return from_floats<T>(y);
 }
 
 // y = (x - mean) · rstd · weight + bias of whole rows, x + residual first where there is one.
 // A row lies in the registers of the `lanes` threads that share it: thread t holds the packs of kWidth columns from
-// (i · lanes + t) · kWidth on, i < kPacks. A thread works on kRows rows at once. In a cluster the blocks share one row.
-// Grid: cdiv(rows, kRows · threads / lanes), times the blocks of a cluster. Shared memory: none while a warp holds the row,
-// else 320 bytes.
+// (i · lanes + t) · kWidth on, i < kPacks. A thread works on kRows rows at once.
+// Grid: cdiv(rows, kRows · threads / lanes). Shared memory: none while a warp holds the row, else 320 bytes.
 // Bound by memory: 2 · sizeof(T) bytes per element, 4 · sizeof(T) with a residual. With 64 registers 1024 threads of 4 packs
-// keep 64 KiB under way per multiprocessor, twice what hides the latency: 92 % of the copy bandwidth by analysis, not
-// measured.
-template <class T, class W, int kWidth, int kPacks, int kRows, bool kCluster>
-__global__ void __launch_bounds__(kRows > 1 ? 128 : 1024, kRows > 1 ? 8 : 1)
+// have up to 64 KiB under way per multiprocessor.
+template <class T, class W, int kWidth, int kPacks, int kRows>
+__global__ void __launch_bounds__(kRows > 1 ? 128 : 512, kRows > 1 ? 8 : 2)
     norm_fwd_kernel(const __grid_constant__ NormFwdParams p) {
-  const Sharing own(p.lanes);
-  u32 block = blockIdx.x, first = own.lane * kWidth;  // the thread's first column
-  if constexpr (kCluster) {
-    cluster_arrive();
-    block /= cluster_size();
-    first += cluster_rank() * own.lanes * kPacks * kWidth;
-  }
+  const Sharing<> own(p.lanes);
+  const u32 block = blockIdx.x, first = own.lane * kWidth;                // the thread's first column
   const u32 next = own.lanes * kWidth;                                    // columns from pack to pack
   auto* scratch = reinterpret_cast<SumScratch<kRows>*>(shared_memory());  // [2]: of the mean, of the squares
 
@@ -96,7 +93,6 @@ __global__ void __launch_bounds__(kRows > 1 ? 128 : 1024, kRows > 1 ? 8 : 1)
     for (int i = 0; i < kPacks; ++i) weight[i] = load_pack_or<W, kWidth>(p.weight, first + i * next, p.cols, 1.0f);
   }
 
-  if constexpr (kCluster) cluster_wait();
   const float cols = p.cols;
   float mean[kRows], rstd[kRows], total[kRows];
 #pragma unroll
@@ -112,7 +108,7 @@ __global__ void __launch_bounds__(kRows > 1 ? 128 : 1024, kRows > 1 ? 8 : 1)
         for (int e = 0; e < kWidth; ++e) total[r] += v[e];
       }
     }
-    sum_row<kCluster>(total, own, scratch[0]);
+    sum_row<false>(total, own, scratch[0]);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       mean[r] = total[r] / cols;
@@ -131,7 +127,7 @@ __global__ void __launch_bounds__(kRows > 1 ? 128 : 1024, kRows > 1 ? 8 : 1)
       }
     }
   }
-  sum_row<kCluster>(total, own, scratch[1]);
+  sum_row<false>(total, own, scratch[1]);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     rstd[r] = 1.0f / sqrtf(total[r] / cols + p.eps);

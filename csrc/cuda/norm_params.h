@@ -17,6 +17,7 @@ struct NormFwdParams {
   u32 rows;                // at least 1
   u32 cols;                // at least 1
   u32 lanes;               // threads of a block that share a row: a power of two up to 32, or the whole block
+  u32 piece;               // columns per block of norm_fwd_long_kernel, whole packs; others do not look at it
   u32 x_size[2];           // of the second and third dimension
   u32 residual_size[2];    // likewise
   i64 x_stride[3];         // of the three dimensions

@@ -1,10 +1,16 @@
-"""What a compiled kernel uses of a GPU that need not be there: registers, stack, shared memory, barriers, instructions."""
+"""What a compiled kernel uses of a GPU that need not be there: registers, stack, shared memory, barriers, instructions.
+
+Reports lie beside the compiled kernels in their cache (docs/cuda.md), under names that differ whenever a kernel's code,
+its compiler or this file does, so that an audit compiles what has changed since the last one.
+"""
 
 from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -13,15 +19,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fastattn.runtime import env, jit
+from fastattn.runtime import cache, env, jit
 from fastattn.runtime.gpu import shared_limit
 
 if TYPE_CHECKING:
     from fastattn.runtime import cuda
 
 REGISTERS, BARRIERS = 65536, 16  # per multiprocessor, per block; the same on all that we compile for
+SECONDS = 10.0  # of one core, to compile one specialisation
 _RESERVED_SHARED = (
     1 << 10
 )  # per block from compute capability 9.0 on, beside the limit; the compiler counts it as static
@@ -77,26 +84,57 @@ def arch_of(target: str) -> int:
     return int(re.sub(r"\D", "", target))
 
 
-def audit(kernel: cuda.Kernel, target: str) -> Audited:
-    """Compiles, whatever the cache holds, and disassembles. Raises RuntimeError where it does not compile."""
+def audit(kernel: cuda.Kernel, target: str, *, fresh: bool = False) -> Audited:
+    """What an earlier audit of the same code reported; where there is none, or `fresh`, compiles and disassembles. Raises
+    RuntimeError where it does not compile."""
+    entry = _entry(kernel, target)
+    kept = None if fresh else cache.read(entry)
+    facts = json.loads(kept) if kept else _compiled(kernel, target)
+    if not kept:
+        cache.write(entry, json.dumps(facts).encode())
+    shared = facts.pop("static") + kernel.shared
+    opcodes = collections.Counter(facts.pop("opcodes"))
+    return Audited(str(kernel), target, kernel.threads, shared=shared, opcodes=opcodes, **facts)
+
+
+def is_kept(kernel: cuda.Kernel, target: str) -> bool:
+    """Would `audit` compile nothing?"""
+    return cache.read(_entry(kernel, target)) is not None
+
+
+def _entry(kernel: cuda.Kernel, target: str) -> str:
+    return f"{jit.entry_of(kernel, target)}.audit-{_reader()}"
+
+
+@functools.cache
+def _reader() -> str:
+    """Who reads the compiled code: this file and cuobjdump."""
+    facts = Path(__file__).read_bytes(), str(Path(_cuobjdump()).stat().st_size).encode()
+    return hashlib.sha256(b"\n".join(facts)).hexdigest()[:16]
+
+
+def _compiled(kernel: cuda.Kernel, target: str) -> dict[str, Any]:
+    """The fields of Audited that the launch does not decide, and the bytes of static shared memory."""
+    built, seconds = _timed(kernel, target)
+    if seconds > SECONDS:  # whoever shares the core may be to blame
+        seconds = min(seconds, _timed(kernel, target)[1])
+    registers, stack, static, text = dump(built.image, "-elf", "-sass")
+    barriers = re.search(r"EIATTR_NUM_BARRIERS\s+Format:\s+\w+\s+Value:\s+(\w+)", text)
+    return {
+        "registers": registers,
+        "stack": stack,
+        "static": max(0, static - _RESERVED_SHARED) if arch_of(target) >= 90 else static,
+        "barriers": int(barriers[1], 16) if barriers else 0,
+        "opcodes": collections.Counter(_OPCODE.findall(text)),
+        "seconds": seconds,
+        "log": built.log,
+    }
+
+
+def _timed(kernel: cuda.Kernel, target: str) -> tuple[jit.Compiled, float]:
     start = time.process_time()  # of one core, whatever else the machine does
     built = jit.compile(kernel, target)
-    seconds = time.process_time() - start
-    registers, stack, static, text = dump(built.image, "-elf", "-sass")
-    static = max(0, static - _RESERVED_SHARED) if arch_of(target) >= 90 else static
-    barriers = re.search(r"EIATTR_NUM_BARRIERS\s+Format:\s+\w+\s+Value:\s+(\w+)", text)
-    return Audited(
-        str(kernel),
-        target,
-        kernel.threads,
-        registers,
-        stack,
-        static + kernel.shared,
-        int(barriers[1], 16) if barriers else 0,
-        collections.Counter(_OPCODE.findall(text)),
-        seconds,
-        built.log,
-    )
+    return built, time.process_time() - start
 
 
 def dump(cubin: bytes, *options: str) -> tuple[int, int, int, str]:

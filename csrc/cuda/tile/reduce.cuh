@@ -59,11 +59,13 @@ __forceinline__ void sum_cluster(float (&x)[kCount], SumScratch<kCount>& scratch
   }
 }
 
-// How the threads of a block share its rows: thread `lane` of the `lanes` that have row `group` of `groups`.
+// How the threads of a block share its rows: thread `lane` of the `lanes` that have row `group` of `groups`. kWhole: the block
+// has one row.
+template <bool kWhole = false>
 struct Sharing {
   u32 lanes, lane, group, groups;
-  __forceinline__ explicit Sharing(u32 threads) : lanes(threads), lane(threadIdx.x), group(0), groups(1) {
-    if (lanes < blockDim.x) {
+  __forceinline__ explicit Sharing(u32 threads) : lanes(kWhole ? blockDim.x : threads), lane(threadIdx.x), group(0), groups(1) {
+    if (!kWhole && lanes < blockDim.x) {
       lane = threadIdx.x % lanes;
       group = threadIdx.x / lanes;
       groups = blockDim.x / lanes;
@@ -71,11 +73,13 @@ struct Sharing {
   }
 };
 
-// Over the threads that share a row: the cluster, whole warps, or neighbours of a warp.
-template <bool kCluster, int kCount>
-__forceinline__ void sum_row(float (&x)[kCount], const Sharing& row, SumScratch<kCount>& scratch) {
+// Over the threads that share a row: the cluster, the block, whole warps, or neighbours of a warp.
+template <bool kCluster, bool kWhole, int kCount>
+__forceinline__ void sum_row(float (&x)[kCount], const Sharing<kWhole>& row, SumScratch<kCount>& scratch) {
   if constexpr (kCluster) {
     sum_cluster(x, scratch);
+  } else if constexpr (kWhole) {
+    sum_block(x, scratch);
   } else if (row.lanes > 32) {
     sum_warps(x, row.group * row.lanes, row.lanes, scratch);
   } else {

@@ -2,9 +2,13 @@
 // a number that does not, which then travel one by one.
 #pragma once
 #include <ptx/convert.cuh>
+#include <ptx/cp_async.cuh>
 #include <ptx/memory.cuh>
 
-template <class T, int kWidth, bool kWide = kWidth * sizeof(T) % 16 == 0>
+template <class T, int kWidth>
+constexpr bool kBy16 = kWidth * sizeof(T) % 16 == 0;
+
+template <class T, int kWidth, bool kWide = kBy16<T, kWidth>>
 struct Pack;
 template <class T, int kWidth>
 struct Pack<T, kWidth, true> {
@@ -19,7 +23,7 @@ struct Pack<T, kWidth, false> {
 template <class T, int kWidth, bool kStreamed = false>
 __forceinline__ Pack<T, kWidth> load_pack(const T* p) {
   Pack<T, kWidth> x;
-  if constexpr (kWidth * sizeof(T) % 16 == 0) {
+  if constexpr (kBy16<T, kWidth>) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(kWidth * sizeof(T) / 16); ++i) {
       const uint4 four = kStreamed ? load_16_streamed(p + i * (16 / sizeof(T))) : load_16(p + i * (16 / sizeof(T)));
@@ -37,7 +41,7 @@ __forceinline__ Pack<T, kWidth> load_pack(const T* p) {
 
 template <class T, int kWidth>
 __forceinline__ void store_pack(T* p, const Pack<T, kWidth>& x) {
-  if constexpr (kWidth * sizeof(T) % 16 == 0) {
+  if constexpr (kBy16<T, kWidth>) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(kWidth * sizeof(T) / 16); ++i)
       store_16_streamed(p + i * (16 / sizeof(T)),
@@ -48,11 +52,44 @@ __forceinline__ void store_pack(T* p, const Pack<T, kWidth>& x) {
   }
 }
 
+// The same in shared memory, `p` at a multiple of 16 bytes where packs are; kApart: bytes from one 16 of a pack to the next.
+template <class T, int kWidth, int kApart = 16>
+__forceinline__ Pack<T, kWidth> load_shared_pack(const void* p) {
+  Pack<T, kWidth> x;
+  if constexpr (kBy16<T, kWidth>) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(kWidth * sizeof(T) / 16); ++i) {
+      const uint4 four = load_shared_16(static_cast<const u8*>(p) + kApart * i);
+      x.words[4 * i] = four.x;
+      x.words[4 * i + 1] = four.y;
+      x.words[4 * i + 2] = four.z;
+      x.words[4 * i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) x.elements[i] = static_cast<const T*>(p)[i];
+  }
+  return x;
+}
+
+template <int kApart = 16, class T, int kWidth>
+__forceinline__ void store_shared_pack(void* p, const Pack<T, kWidth>& x) {
+  if constexpr (kBy16<T, kWidth>) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(kWidth * sizeof(T) / 16); ++i)
+      store_shared_16(static_cast<u8*>(p) + kApart * i,
+                      make_uint4(x.words[4 * i], x.words[4 * i + 1], x.words[4 * i + 2], x.words[4 * i + 3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) static_cast<T*>(p)[i] = x.elements[i];
+  }
+}
+
 template <class T, int kWidth>
 __forceinline__ void to_floats(float (&y)[kWidth], const Pack<T, kWidth>& x) {
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    if constexpr (kWidth * sizeof(T) % 16 != 0) {
+    if constexpr (!kBy16<T, kWidth>) {
       y[i] = to_float(x.elements[i]);
     } else if constexpr (sizeof(T) == 4) {
       y[i] = __uint_as_float(x.words[i]);
@@ -66,7 +103,7 @@ __forceinline__ void to_floats(float (&y)[kWidth], const Pack<T, kWidth>& x) {
 template <class T, int kWidth>
 __forceinline__ Pack<T, kWidth> from_floats(const float (&x)[kWidth]) {
   Pack<T, kWidth> y;
-  if constexpr (kWidth * sizeof(T) % 16 != 0) {
+  if constexpr (!kBy16<T, kWidth>) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) y.elements[i] = from_float<T>(x[i]);
   } else if constexpr (sizeof(T) == 4) {
