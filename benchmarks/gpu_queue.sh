@@ -13,10 +13,13 @@
 #           the benchmark grid of that name: OUTDIR/<part>.jsonl and .md
 # tune      searches the tiles of the Triton attention kernels and prints rows for tuning.py
 # hopper    tries the rows of the Hopper attention kernels against each other and prints the winner of each cell
-# all       every part above but tune and hopper, one after the other
+# portable  the same for the rows of the backward for every GPU
+# all       every part above but tune, hopper and portable, one after the other
 #
 # Each part writes OUTDIR/<part>.log and exits with its own status. `build` must have run once on the machine; where it
-# reaches no package index, the folder WHEELS (default .whl) holds what is missing there: pytest, hypothesis, pybind11.
+# reaches no package index, the folder WHEELS (default .whl) holds what is missing there: pytest, pytest-xdist, hypothesis,
+# expecttest, pybind11 and what they need. A test that hangs the GPU is ended after a minute and the others go on, if
+# pytest is 9 or newer and pytest-xdist there.
 set -euo pipefail
 part=${1:?a part, as the head of this script lists them}
 out=${2:?a folder for results and logs}
@@ -26,14 +29,23 @@ wheels=${WHEELS:-.whl}
 mkdir -p "$out"
 
 build() {
-  for package in pybind11 pytest hypothesis expecttest; do
-    "$python" -c "import $package" 2>/dev/null && continue
+  for package in pybind11 pytest pytest-xdist hypothesis expecttest; do
+    module=${package#pytest-}
+    "$python" -c "import $module" 2>/dev/null && continue
     if [ -d "$wheels" ]; then index=(--no-index --find-links "$wheels"); else index=(); fi
     "$python" -m pip install -q "${index[@]}" "$package" || echo "gpu_queue: no $package"
   done
   FASTATTN_REQUIRE_NATIVE=1 "$python" -m pip install -q --no-build-isolation --no-deps -e .
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv || true
   "$python" -m fastattn doctor
+}
+
+# The tests in four processes: those share the compiler's work, and one that ends because its test hung is replaced.
+tests() {
+  local processes=()
+  "$python" -c "import xdist" 2>/dev/null && processes=(-n 4 --dist worksteal)
+  timeout 580 "$python" -m pytest -q --maxfail=25 "${processes[@]}" \
+    -o faulthandler_timeout=60 -o faulthandler_exit_on_timeout=true "$@"
 }
 
 sanitize() {
@@ -61,7 +73,7 @@ run() {
   case $1 in
     build) build ;;
     test)
-      timeout 580 "$python" -m pytest -q --maxfail=25 tests/test_gpu.py tests/test_cuda.py tests/test_launch.py tests/test_*_cuda*.py \
+      tests tests/test_gpu.py tests/test_cuda.py tests/test_launch.py tests/test_*_cuda*.py \
         tests/test_*_sm90.py tests/test_attention_triton*.py tests/test_layer_norm.py tests/test_rms_norm.py \
         tests/test_rope.py -k "triton or cuda or sm90 or launch or gpu" ;;
     warm) timeout 580 "$python" -m fastattn warmup --headdim 64 128 256 --hidden 1024 4096 8192 ;;
@@ -70,6 +82,8 @@ run() {
     forward | backward | masked | decode | norms | rope)
       timeout 590 "$python" -m fastattn.benchmarks.gpu "$1" --out "$out" --until 540 ;;
     hopper) timeout 590 "$python" -m fastattn.benchmarks.gpu.hopper --out "$out" --until 500 ;;
+    portable)
+      timeout 590 "$python" -m fastattn.benchmarks.gpu.hopper --phase portable --kind dense band pairs --out "$out" --until 500 ;;
     tune) timeout 590 "$python" -m fastattn.benchmarks.gpu.tune --out "$out" --until 500 ;;
     *) echo "gpu_queue: no part $1" >&2 && return 2 ;;
   esac

@@ -38,10 +38,12 @@ def test_candidates_begin_with_the_row_in_use():
 def test_a_contest_times_right_results_and_refuses_wrong_ones(phase, tiny, monkeypatch):
     group = hopper.candidates(phase, 64, "band", 2)
     facts = {group[0]: {"registers": 168}, group[1]: {"refused": "it spills"}}
-    first, second = hopper.contest(group, facts, 96, "cpu", HostWatch())
+    told: list = []
+    first, second = hopper.contest(told.append, group, facts, 96, "cpu", HostWatch())
     assert first["tflops"] > 0 and "tflops" not in second and second["refused"] == "it spills"
+    assert told == [0, hopper.TIMING]
     monkeypatch.setattr(hopper, "truth", lambda *args: tuple(t * 2 for t in _truth(*args)))
-    (wrong, _) = hopper.contest(group, facts, 96, "cpu", HostWatch())
+    (wrong, _) = hopper.contest(told.append, group, facts, 96, "cpu", HostWatch())
     assert wrong["refused"].startswith("wrong") and "tflops" not in wrong
 
 

@@ -1,11 +1,12 @@
-"""Try the rows of the Hopper attention kernels against each other and print the winner of each cell.
+"""Try the rows of the attention kernels on a Hopper GPU against each other and print the winner of each cell.
 
-    python -m fastattn.benchmarks.gpu.hopper --out FOLDER [--headdim 64 128 192 256] [--kind dense band general pairs]
-                                             [--phase forward backward] [--seqlen 1024 8192] [--at-most 40] [--until S]
+    python -m fastattn.benchmarks.gpu.hopper --out FOLDER [--headdim 64 128 192 256] [--kind dense band general pairs bias]
+                                             [--phase forward backward portable] [--seqlen 1024 8192] [--at-most 40] [--until S]
 
 Every candidate is compiled first, on all cores; those that spill or whose products the compiler serialises are out. The others
 are held against float32 on one head and then timed, interleaved, over 16k tokens. The forward's candidates are those that the
-model of `cycles` rates highest. FOLDER/hopper.jsonl holds every candidate, so that a winner can be doubted.
+model of `cycles` rates highest. One that hangs the GPU, or fails in a way that leaves it unusable, is refused and the others
+begin again in a new process. FOLDER/rows-<phases>.jsonl holds every candidate, so that a winner can be doubted.
 """
 
 from __future__ import annotations
@@ -26,19 +27,27 @@ from typing import Any, NamedTuple
 import torch
 
 import fastattn
-from fastattn.ops.attention import _cuda_bwd_sm90, reference, tuning_sm90
+from fastattn.ops.attention import _cuda_bwd, _cuda_bwd_sm90, reference, tuning_sm90
 from fastattn.runtime import audit, cuda, gpu, jit
 
 from . import cycles
 from .machine import describe
 from .timing import EventWatch, Watch, measure
+from .worker import LostError, Worker
 
 HEADS = {64: (64, 64), 96: (96, 96), 128: (128, 128), 192: (192, 128), 256: (256, 256)}
-KINDS = ("dense", "band", "general", "pairs")  # as `problem` makes them: nothing, causal, softcap, a padding mask
-BACKWARD_KINDS = {"dense": "plain", "band": "plain", "general": "pairs", "pairs": "masked"}  # as its rows name them
-PHASES = ("forward", "backward")
+# As `problem` makes them: nothing, causal, softcap, padding, by pair.
+KINDS = ("dense", "band", "general", "pairs", "bias")
+BACKWARD_KINDS = dict(zip(KINDS, ("plain", "plain", "pairs", "masked", "masked"), strict=True))  # as its rows name them
+PHASES = ("forward", "backward", "portable")  # portable: the backward for every GPU
 TOKENS, WIDTH, TOLERANCE = 16384, 2048, 2e-2
-KERNELS = {"forward": "attention_fwd_sm90_kernel", "backward": "attention_bwd_sm90_kernel"}
+PATIENCE = 60.0  # seconds for one candidate's first call, and for timing all of a cell
+TIMING = "timing"
+KERNELS = {
+    "forward": "attention_fwd_sm90_kernel",
+    "backward": "attention_bwd_sm90_kernel",
+    "portable": "attention_bwd_dkdv_kernel",
+}
 
 
 class Candidate(NamedTuple):
@@ -51,7 +60,8 @@ class Candidate(NamedTuple):
 
     @contextlib.contextmanager
     def tried(self) -> Iterator[None]:
-        with (tuning_sm90 if self.phase == "forward" else _cuda_bwd_sm90).tried(self.row):
+        rows: Any = {"forward": tuning_sm90, "backward": _cuda_bwd_sm90, "portable": _cuda_bwd}[self.phase]
+        with cuda.portable() if self.phase == "portable" else contextlib.nullcontext(), rows.tried(self.row):
             yield
 
 
@@ -59,6 +69,8 @@ def candidates(phase: str, headdim: int, kind: str, at_most: int) -> list[Candid
     """Today's row first, then the most promising ones."""
     if phase == "backward":
         rows: list[Any] = list(_cuda_bwd_sm90.candidates(*HEADS[headdim], BACKWARD_KINDS[kind]))
+    elif phase == "portable":
+        rows = _cuda_bwd.candidates(90, max(HEADS[headdim]), kind not in ("dense", "band"))
     else:
         used, *others = tuning_sm90.candidates(*HEADS[headdim], kind)
         ways = [r for r in others if r[3:6] == used[3:6]]  # of the same tile: the model cannot tell these apart
@@ -74,7 +86,7 @@ def problem(
     headdim, headdim_v = HEADS[c.headdim]
     batch, heads = max(1, TOKENS // seqlen), max(1, WIDTH // headdim)
     tensors = [
-        create((batch, seqlen, heads, width), dtype=torch.bfloat16, device=device).requires_grad_(c.phase == "backward")
+        create((batch, seqlen, heads, width), dtype=torch.bfloat16, device=device).requires_grad_(c.phase != "forward")
         for width in (headdim, headdim, headdim_v)
     ]
     options: dict[str, dict[str, Any]] = {
@@ -82,16 +94,19 @@ def problem(
         "band": {"causal": True},
         "general": {"softcap": 30.0},
         "pairs": {"mask": (torch.arange(seqlen, device=device) % 7 > 0).expand(batch, 1, 1, seqlen)},
+        "bias": {},
     }
+    if c.kind == "bias":
+        options["bias"]["bias"] = create((heads, seqlen, seqlen), dtype=torch.bfloat16, device=device)
     return tensors, options[c.kind]
 
 
 def compiles(c: Candidate) -> dict[str, Any]:
     """Registers, stack and shared memory of the candidate's kernel, or why it is out. Any process can; it fills the cache."""
     tensors, options = problem(c, 256, "cpu", torch.empty)
-    with cuda.recording(90) as recorded, c.tried(), torch.set_grad_enabled(c.phase == "backward"):
+    with cuda.recording(90) as recorded, c.tried(), torch.set_grad_enabled(c.phase != "forward"):
         o = fastattn.attention(*tensors, backend="cuda", **options)
-        if c.phase == "backward":
+        if c.phase != "forward":
             torch.autograd.grad(o, tensors, o)
     kernel = next(launch.kernel for launch in recorded.launches if launch.kernel.name == KERNELS[c.phase])
     try:
@@ -126,7 +141,7 @@ def _call(c: Candidate, tensors: list[torch.Tensor], options: dict[str, Any]) ->
 def truth(c: Candidate, tensors: list[torch.Tensor], options: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     """Of the first head of the first sequence, in float32."""
     few = [t.detach()[:1, :, :1].float().requires_grad_(t.requires_grad) for t in tensors]
-    given = {name: value[:1] if name == "mask" else value for name, value in options.items()}
+    given = {name: value[:1] if name in ("mask", "bias") else value for name, value in options.items()}
     o: Any = reference.attention(*few, **given)
     return (o,) if c.phase == "forward" else torch.autograd.grad(o, few, torch.ones_like(o))
 
@@ -139,9 +154,16 @@ def tflops(c: Candidate, seqlen: int, seconds: float) -> float:
 
 
 def contest(
-    group: list[Candidate], facts: dict[Candidate, dict[str, Any]], seqlen: int, device: str, watch: Watch
+    tell: Callable[[Any], None],
+    group: list[Candidate],
+    facts: dict[Candidate, dict[str, Any]],
+    seqlen: int,
+    device: str,
+    watch: Watch | None = None,
 ) -> list[dict[str, Any]]:
-    """Every candidate's facts and rate at this length, in the order of the group; wrong results are refused, not timed."""
+    """Every candidate's facts and rate at this length, in the order of the group; wrong results are refused, not timed.
+
+    Tells the index of the candidate whose first call begins, and TIMING when all are right and timing begins."""
     tensors, options = problem(group[0], seqlen, device)
     right, calls, found = truth(group[0], tensors, options), {}, []
     for i, c in enumerate(group):
@@ -156,6 +178,7 @@ def contest(
         found.append(known)
         if "refused" in known:
             continue
+        tell(i)
         try:
             call = _call(c, tensors, options)
             errors = [
@@ -168,9 +191,30 @@ def contest(
                 calls[str(i)] = call
         except Exception as failure:
             known["refused"] = f"{type(failure).__name__}: {str(failure)[:160]}"
+            if device == "cuda":
+                torch.cuda.synchronize()  # fails where the failure has left no usable GPU: the process ends
+    tell(TIMING)
+    watch = watch or EventWatch(torch.device(device, torch.cuda.current_device()))
     for name, timing in (measure(calls, watch, 1.5) if calls else {}).items():
         found[int(name)]["tflops"] = tflops(group[0], seqlen, timing.median)
     return found
+
+
+def contest_of_survivors(
+    worker: Worker, group: list[Candidate], facts: dict[Candidate, dict[str, Any]], seqlen: int
+) -> list[dict[str, Any]]:
+    """`contest` by the worker; whoever is the end of its process is refused in `facts`, and the others begin again."""
+    while True:
+        try:
+            return list(worker(group, facts, seqlen, "cuda"))
+        except LostError as loss:
+            # while all are timed nobody knows who it was: today's row goes on alone
+            lost = group[1:] if loss.last == TIMING else [group[loss.last]] if loss.last is not None else []
+            lost = [c for c in lost if "refused" not in facts[c]]
+            if not lost:
+                raise
+            for c in lost:
+                facts[c]["refused"] = f"lost: {loss}"
 
 
 def main() -> int:
@@ -180,7 +224,7 @@ def main() -> int:
     )
     parser.add_argument("--headdim", type=int, nargs="+", default=[64, 128, 192, 256], choices=tuple(HEADS))
     parser.add_argument("--kind", nargs="+", default=["dense", "band"], choices=KINDS)
-    parser.add_argument("--phase", nargs="+", default=list(PHASES), choices=PHASES)
+    parser.add_argument("--phase", nargs="+", default=["forward", "backward"], choices=PHASES)
     parser.add_argument("--seqlen", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--at-most", type=int, default=40, help="candidates per cell")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
@@ -190,12 +234,12 @@ def main() -> int:
         print("hopper: no GPU of compute capability 9.0 that torch can use", file=sys.stderr)
         return 2
     begin, device = time.perf_counter(), torch.device("cuda", torch.cuda.current_device())
-    watch, winners = EventWatch(device), []
+    worker, winners = Worker(contest, PATIENCE), []
     options.out.mkdir(parents=True, exist_ok=True)
     cells = list(itertools.product(options.phase, options.headdim, options.kind))
     with (
         ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool,
-        (options.out / "hopper.jsonl").open("w") as log,
+        (options.out / f"rows-{'-'.join(options.phase)}.jsonl").open("w") as log,
     ):
         log.write(json.dumps({"machine": describe(device)}) + "\n")
         pending = {cell: [(c, pool.submit(compiles, c)) for c in candidates(*cell, options.at_most)] for cell in cells}
@@ -207,7 +251,7 @@ def main() -> int:
                 continue
             facts = {c: future.result() for c, future in waiting}
             for seqlen in options.seqlen:
-                found = contest(list(facts), facts, seqlen, "cuda", watch)
+                found = contest_of_survivors(worker, list(facts), facts, seqlen)
                 log.writelines(json.dumps(known) + "\n" for known in found)
                 log.flush()
                 timed = sorted((k for k in found if "tflops" in k), key=lambda k: -k["tflops"])
@@ -218,6 +262,7 @@ def main() -> int:
                     + "; ".join(f"{k['tflops']:.0f} {k['row']}" for k in timed[:3]),
                     flush=True,
                 )
+    worker.stop()
     for known in winners:
         print("winner: {phase} headdim {headdim} {kind} {seqlen}: {tflops:.0f} TFLOP/s, {row}".format(**known))
     return 0
