@@ -223,6 +223,30 @@ def test_second_derivatives_are_refused() -> None:
         dq.sum().backward()
 
 
+def test_what_a_hook_makes_of_saved_tensors_is_checked_again() -> None:
+    tensors = qkv(grad=True)
+    expected = torch.autograd.grad(attention(*tensors, backend="reference").sum(), tensors)
+    for unpack, fits in ((torch.Tensor.clone, True), (lambda t: t.mT.contiguous().mT if t.dim() == 4 else t, False)):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            total = attention(*tensors, backend="reference").sum()
+        if fits:
+            torch.testing.assert_close(torch.autograd.grad(total, tensors), expected)
+        else:
+            with pytest.raises(ValueError, match="unit last stride"):
+                total.backward()
+
+
+def test_gradients_where_options_stand_between_the_tensors() -> None:
+    """Which arguments are tensors decides what autograd gets to see: a bias, sinks, or neither."""
+    q, k, v = qkv(grad=True)
+    bias, sinks = torch.randn(7, 9, requires_grad=True), torch.randn(4, requires_grad=True)
+    for options in ({}, {"bias": bias}, {"sinks": sinks}, {"bias": bias.detach(), "sinks": sinks}):
+        wanted = [q, k, v, *(t for t in options.values() if t.requires_grad)]
+        got = torch.autograd.grad(attention(q, k, v, **options).square().sum(), wanted)
+        plain = torch.autograd.grad(fastattn.reference.attention(q, k, v, **options).square().sum(), wanted)
+        torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_inference_mode() -> None:
     with torch.inference_mode():
         q, k, v = qkv()

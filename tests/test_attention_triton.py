@@ -195,10 +195,15 @@ def test_dropout_drops_what_the_definition_says(p: float) -> None:
     torch.testing.assert_close(dv.sum(-1) / 48, kept.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+_POISONS = [(bad, (), dtype) for bad in (math.nan, math.inf) for dtype in DTYPES]
+_POISONS += [(math.nan, (272, 256), torch.float32)]  # several slices in the slow road, and two walks over the queries
+
+
+@pytest.mark.parametrize("bad, heads, dtype", _POISONS, ids=str)
 @pytest.mark.parametrize("what", ["keys", "queries"])
-def test_what_may_not_be_seen_may_hold_anything(what: str, bad: float, dtype: torch.dtype) -> None:
+def test_what_may_not_be_seen_may_hold_anything(
+    what: str, bad: float, heads: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """A band, a mask and a bias hide the poison; the tiles it lies in hold visible pairs too."""
     mask = torch.ones(1, 1, SEQLEN_Q, SEQLEN_K, dtype=torch.bool)
     mask[..., 20:22], mask[:, :, 11:13] = False, False
@@ -213,7 +218,7 @@ def test_what_may_not_be_seen_may_hold_anything(what: str, bad: float, dtype: to
         return triton(q, k, v, **kwargs)
 
     options = {"mask": mask.to(DEVICE), "bias": bias.to(DEVICE), "causal": True, "return_lse": True}
-    law.check(poisoned, reference.attention, qkv(dtype=dtype), options, wants=QKV)
+    law.check(poisoned, reference.attention, qkv(None, None, *heads, dtype=dtype), options, wants=QKV)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

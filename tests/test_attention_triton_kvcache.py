@@ -25,7 +25,7 @@ pytest.importorskip("triton")
 from triton import jit
 from triton import language as tl
 
-from fastattn.ops.attention import _triton_decode
+from fastattn.ops.attention import _triton_decode, tuning_decode
 from fastattn.ops.attention._triton_decode import _share_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,7 +43,7 @@ def on_device() -> Iterator[None]:
 def _shares(tiles: int, splits: int, least: int) -> list[tuple[int, int]]:
     """What `_share_of` gives each split."""
     out = torch.full((splits, 2), -1, dtype=torch.int32)
-    launch.run(_shares_kernel, (splits,), (out, tiles, splits, least), {})
+    launch.run(_shares_kernel, (splits,), (out,), (tiles, splits, least), {})
     return [(begin, end) for begin, end in out.tolist()]
 
 
@@ -318,7 +318,7 @@ def test_explain_names_the_tile() -> None:
 def test_every_call_has_a_row(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row covers the call, and its one-storage tiles serve only such calls."""
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    choose = _triton_decode.row.__wrapped__
+    choose = tuning_decode.row.__wrapped__
     for width, one_storage, headdim, rows in itertools.product(
         (2, 4), (False, True), (1, 64, 65, 128, 192, 256, 512, 576), (1, 16, 17, 64, 4096)
     ):

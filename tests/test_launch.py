@@ -46,7 +46,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 
 def _run(*args: Any, **constants: Any) -> None:
-    launch.run("kernel", (3, 2), args, constants)
+    """Tensors first, then numbers and None."""
+    tensors = tuple(a for a in args if isinstance(a, torch.Tensor))
+    launch.run("kernel", (3, 2), tensors, args[len(tensors) :], constants)
 
 
 def test_equal_specialisations_compile_once(driver):
@@ -84,8 +86,8 @@ def test_constants_and_warps_compile_anew(driver):
     x = torch.zeros(64)
     _run(x, BLOCK=16)
     _run(x, BLOCK=32)
-    launch.run("kernel", (1,), (x,), {"BLOCK": 16}, num_warps=8)
-    launch.run("another", (1,), (x,), {"BLOCK": 16})
+    launch.run("kernel", (1,), (x,), (), {"BLOCK": 16}, num_warps=8)
+    launch.run("another", (1,), (x,), (), {"BLOCK": 16})
     assert driver.first == 4
 
 
@@ -99,7 +101,7 @@ def test_numbers_that_never_repeat_do_not_pile_up(driver, monkeypatch):
 
 
 def test_nothing_to_do_is_not_launched(driver):
-    launch.run("kernel", (0, 4), (torch.zeros(1),), {})
+    launch.run("kernel", (0, 4), (torch.zeros(1),), (), {})
     assert driver.first == 0
 
 
@@ -146,10 +148,12 @@ def _microseconds(call: Callable[[], Any], enough: float) -> float:
     return best
 
 
-def _calls() -> dict[str, Callable[[], Any]]:
-    x, residual = torch.zeros(2, 4, 64), torch.zeros(2, 4, 64)
-    weight, bias = torch.ones(64), torch.zeros(64)
-    q, k = torch.zeros(1, 4, 4, 64), torch.zeros(1, 4, 2, 64)
+def _calls(grad: bool = False) -> dict[str, Callable[[], Any]]:
+    def tensor(*size: int) -> torch.Tensor:
+        return torch.zeros(size, requires_grad=grad)
+
+    x, residual, weight, bias = tensor(2, 4, 64), tensor(2, 4, 64), tensor(64), tensor(64)
+    q, k = tensor(1, 4, 4, 64), tensor(1, 4, 2, 64)
     cos, sin = torch.ones(4, 32), torch.zeros(4, 32)
     token, cache = torch.zeros(2, 1, 4, 64), torch.zeros(2, 512, 2, 64)
     lengths = torch.tensor([5, 7], dtype=torch.int32)
@@ -163,14 +167,32 @@ def _calls() -> dict[str, Callable[[], Any]]:
     }
 
 
+def _costs_at_most(capsys: pytest.CaptureFixture[str], name: str, call: Callable[[], Any], most: float) -> None:
+    with fastattn.use_backend("triton"):
+        call()
+        cost = _microseconds(call, enough=most)
+    with capsys.disabled():
+        print(f"\n{name}: {cost:.1f} µs", end="")
+    assert cost <= most
+
+
 @pytest.mark.parametrize("name", _calls())
 def test_host_cost(driver, name, capsys):
     """At most 25 µs from the public call to the launch on a warm cache."""
-    call = _calls()[name]
-    with fastattn.use_backend("triton"):
-        call()
-        cost = _microseconds(call, enough=25)
+    _costs_at_most(capsys, name, _calls()[name], 25)
     assert driver.later > 0
-    with capsys.disabled():
-        print(f"\n{name}: {cost:.1f} µs from the call to the launch", end="")
-    assert cost <= 25
+
+
+@pytest.mark.parametrize("name", [name for name in _calls() if name != "attention_kvcache"])
+def test_host_cost_with_gradients(driver, name, capsys):
+    """At most 40 µs from the public call to the launch, and 75 from `autograd.grad` to the last launch of the backward."""
+    call = _calls(grad=True)[name]
+    _costs_at_most(capsys, f"{name} with gradients", call, 40)
+    with fastattn.use_backend("triton"):
+        outs = call()
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    inputs = [e[0].variable for e in outs[0].grad_fn.next_functions if e[0] is not None]
+    ones = [torch.ones_like(out) for out in outs]
+    launched = driver.later
+    _costs_at_most(capsys, f"{name} backward", lambda: torch.autograd.grad(outs, inputs, ones, retain_graph=True), 75)
+    assert driver.later > launched

@@ -1,16 +1,20 @@
 """Compile every Triton kernel for a GPU that need not be there, and hold it to the limits of that GPU.
 
-    python tests/triton_aot.py [--arch 80 90 100] [--room norm_rope attention ...] [--all] [--quiet] [--at-most N]
+    python tests/triton_aot.py [--arch 80 90 100] [--room norm_rope ...] [--all] [--quiet] [--at-most N] [--jobs N]
 
 Records the launches of the rooms' tuning rows (tests/aot_<room>.py), compiles each distinct one, and prints registers,
 stack (where spills live) and shared memory. Exit code 1 when a kernel spills, does not fit, or lacks the tensor
-instructions of its architecture. Without --all a sample; with it every row, dtype and option that changes the code.
+instructions of its architecture. Without --all a sample; with it every row, dtype and option that changes the code: on as
+many processes as there are cores, which is hours of one core. Triton's cache keeps what was compiled, so that a run which
+was broken off goes on where it was, and a later one compiles what has changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import multiprocessing
 import os
 import sys
 import time
@@ -51,22 +55,36 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every tuning row, dtype and option")
     parser.add_argument("--quiet", action="store_true", help="print the kernels at fault alone")
     parser.add_argument("--at-most", type=int, help="so many kernels per room and architecture, spread evenly")
+    parser.add_argument("--jobs", type=int, help="so many processes; all cores with --all, else one")
     options = parser.parse_args()
-    bad = count = 0
     for arch in options.arch:
         for room in options.room:
             chosen = list(distinct(room, arch, everything=options.all))
-            for launch in chosen[:: -(-len(chosen) // options.at_most) if options.at_most else 1]:
-                start = time.perf_counter()
-                built = aot.compile_launch(launch, arch)
-                wrong = faults(built, launch)
-                if wrong or not options.quiet:
-                    seconds = time.perf_counter() - start
-                    print(f"{built}, {seconds:.1f} s  {_constants(launch)}  {'; '.join(wrong)}", flush=True)
-                bad += bool(wrong)
-                count += 1
-    print(f"{count} kernels compiled, {bad} at fault")
+            step = -(-len(chosen) // options.at_most) if options.at_most else 1
+            _chosen.extend((launch, arch) for launch in chosen[::step])
+    jobs = options.jobs or ((os.cpu_count() or 1) if options.all else 1)
+    with multiprocessing.get_context("fork").Pool(jobs) if jobs > 1 else contextlib.nullcontext() as pool:
+        results = map(_compile, range(len(_chosen))) if pool is None else pool.imap(_compile, range(len(_chosen)))
+        bad = 0
+        for line, wrong in results:
+            if wrong or not options.quiet:
+                print(line, flush=True)
+            bad += wrong
+    print(f"{len(_chosen)} kernels compiled, {bad} at fault")
     return 1 if bad else 0
+
+
+_chosen: list[tuple[Launch, int]] = []  # forked processes find it here: launches cannot be sent to them
+
+
+def _compile(index: int) -> tuple[str, bool]:
+    """What is to be said of one of the chosen, and whether it is at fault."""
+    launch, arch = _chosen[index]
+    start = time.perf_counter()
+    built = aot.compile_launch(launch, arch)
+    wrong = faults(built, launch)
+    seconds = time.perf_counter() - start
+    return f"{built}, {seconds:.1f} s  {_constants(launch)}  {'; '.join(wrong)}", bool(wrong)
 
 
 def _constants(launch: Launch) -> str:

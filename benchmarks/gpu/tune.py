@@ -103,9 +103,11 @@ def captured(candidate: Candidate) -> launch.Launch:
     seen: list[launch.Launch] = []
     usual = launch.run
 
-    def run(kernel: Any, grid: Any, args: Any, constants: Any, *, num_warps: int = 4, num_stages: int = 2) -> None:
-        seen.append(launch.Launch(kernel, grid, args, constants, num_warps, num_stages))
-        usual(kernel, grid, args, constants, num_warps=num_warps, num_stages=num_stages)
+    def run(
+        kernel: Any, grid: Any, tensors: Any, numbers: Any, constants: Any, *, num_warps: int = 4, num_stages: int = 2
+    ) -> None:
+        seen.append(launch.Launch(kernel, grid, tensors, numbers, constants, num_warps, num_stages))
+        usual(kernel, grid, tensors, numbers, constants, num_warps=num_warps, num_stages=num_stages)
 
     launch.run = run
     try:
@@ -117,11 +119,8 @@ def captured(candidate: Candidate) -> launch.Launch:
 
 
 def again(found: launch.Launch) -> Any:
-    kernel, grid, args, constants, warps, stages = (
-        *(found.kernel, found.grid, found.args, found.constants),
-        *(found.num_warps, found.num_stages),
-    )
-    return lambda: launch.run(kernel, grid, args, constants, num_warps=warps, num_stages=stages)
+    what = (found.kernel, found.grid, found.tensors, found.numbers, found.constants)
+    return lambda: launch.run(*what, num_warps=found.num_warps, num_stages=found.num_stages)
 
 
 def tflops(candidate: Candidate, seconds: float) -> float:

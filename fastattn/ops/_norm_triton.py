@@ -319,7 +319,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """y, x + residual (None without residual), mean (None unless centred), rstd."""
     shape, cols = x.shape, x.shape[-1]
-    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    y = _contiguous_like(x)
     total = None if residual is None else torch.empty_like(y)
     rstd = torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
     mean = torch.empty_like(rstd) if centred else None
@@ -329,17 +329,17 @@ def forward(
         return y, total, None if mean is None else mean.fill_(math.nan), rstd
     x, x_rows = rows_of(x)
     residual, r_rows = (None, None) if residual is None else rows_of(residual)
-    args = (x, residual, weight, bias, y, total, mean, rstd, rows, cols, *_flat(x_rows), *_flat(r_rows), float(eps))
-    args = (*args, float(weight_offset))
+    tensors = (x, residual, weight, bias, y, total, mean, rstd)
+    numbers = (rows, cols, *_flat(x_rows), *_flat(r_rows), float(eps), float(weight_offset))
     constants: dict[str, Any] = {"CENTRED": centred, "ROUND_FIRST": round_first}
     mixed = weight is not None and weight.dtype != x.dtype  # float32 weights take the registers of twice the columns
     if cols > (_WIDEST_FWD // 2 if mixed else _WIDEST_FWD):
         constants |= {"BLOCK_N": _CHUNK}
-        launch.run(norm_fwd_long_kernel, (rows,), args, constants, num_warps=16)
+        launch.run(norm_fwd_long_kernel, (rows,), tensors, numbers, constants, num_warps=16)
     else:
         block, share, warps = _plan(cols, rows, launch.sms(x.device), 1024)
         constants |= {"BLOCK_M": share, "BLOCK_N": block}
-        launch.run(norm_fwd_kernel, (launch.cdiv(rows, share),), args, constants, num_warps=warps)
+        launch.run(norm_fwd_kernel, (launch.cdiv(rows, share),), tensors, numbers, constants, num_warps=warps)
     return y, total, mean, rstd
 
 
@@ -356,7 +356,7 @@ def backward(
     weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx, dweight, dbias; a dtype of None means that this gradient is not wanted."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = _contiguous_like(x)
     cols, rows = x.shape[-1], rstd.numel()
     dweight, dbias = (vector_gradient(dtype, cols, rows, x.device) for dtype in (dweight_dtype, dbias_dtype))
     if dx.numel() == 0:
@@ -373,7 +373,8 @@ def backward(
         launch.run(
             norm_bwd_kernel,
             (programs,),
-            (dy, dsum, x, weight, mean, rstd, dx, *partials, rows, cols, rows_each, *strides, float(weight_offset)),
+            (dy, dsum, x, weight, mean, rstd, dx, *partials),
+            (rows, cols, rows_each, *strides, float(weight_offset)),
             {"CENTRED": mean is not None, "STAGES": _STAGES, "BLOCK_M": share, "BLOCK_N": block},
             num_warps=warps,
         )
@@ -381,7 +382,8 @@ def backward(
         launch.run(
             norm_bwd_long_kernel,
             (rows,),
-            (dy, dsum, x, weight, mean, rstd, dx, cols, *strides, float(weight_offset)),
+            (dy, dsum, x, weight, mean, rstd, dx),
+            (cols, *strides, float(weight_offset)),
             {"CENTRED": mean is not None, "BLOCK_N": _CHUNK},
             num_warps=16,
         )
@@ -391,15 +393,20 @@ def backward(
             launch.run(
                 norm_bwd_columns_kernel,
                 (programs, launch.cdiv(cols, 512)),
-                (dy, x, mean, rstd, *partials, rows, cols, rows_each, *_flat(y_rows), *_flat(x_rows)),
+                (dy, x, mean, rstd, *partials),
+                (rows, cols, rows_each, *_flat(y_rows), *_flat(x_rows)),
                 {"CENTRED": mean is not None, "BLOCK_M": 4, "BLOCK_N": 512},
                 num_warps=8,
             )
     for partial, out in zip(partials, (dweight, dbias), strict=True):
         if out is not None:
             grid, constants = (launch.cdiv(cols, 64),), {"BLOCK_M": 32, "BLOCK_N": 64}
-            launch.run(norm_bwd_reduce_kernel, grid, (partial, out, programs, cols), constants, num_warps=4)
+            launch.run(norm_bwd_reduce_kernel, grid, (partial, out), (programs, cols), constants, num_warps=4)
     return dx, dweight, dbias
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _flat(rows: Rows | None) -> tuple[int, ...]:

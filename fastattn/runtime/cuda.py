@@ -89,7 +89,7 @@ class TensorMap(NamedTuple):
             (len(self.strides) == rank - 1, "strides", f"one fewer than sizes, got {len(self.strides)} for {rank}"),
             (len(box) == rank, "box", f"as long as sizes, got {len(box)} for {rank}"),
             (self.tensor.data_ptr() % 16 == 0, "tensor", "at an address that is a multiple of 16 bytes"),
-            (all(1 <= n <= 1 << 32 for n in self.sizes), "sizes", f"of 1 to 2^32 each, got {self.sizes}"),
+            (all(1 <= n <= 1 << 31 for n in self.sizes), "sizes", f"of 1 to 2^31 each, got {self.sizes}"),
             (
                 all(0 < n * bytes_each < 1 << 40 and n * bytes_each % 16 == 0 for n in self.strides),
                 "strides",

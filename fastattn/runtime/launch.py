@@ -18,6 +18,8 @@ import torch
 
 from fastattn.runtime import gpu
 
+Tensor = torch.Tensor
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "yes", "on", "y")
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -28,10 +30,15 @@ class Launch:
 
     kernel: Any
     grid: tuple[int, ...]
-    args: tuple[Any, ...]
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[int | float | None, ...]
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return *self.tensors, *self.numbers
 
 
 @dataclass
@@ -43,8 +50,16 @@ class Recording:
     launches: list[Launch] = field(default_factory=list)
 
 
+class _Codes(dict[torch.dtype, int]):
+    """Each dtype as a multiple of 16, so that it and an address modulo 16 are one small number."""
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        self[dtype] = 16 * len(self)
+        return self[dtype]
+
+
 _recording: Recording | None = None
-_PLAIN = frozenset({int, float, type(None)})
+_codes = _Codes()
 _MOST_EXACT = 1 << 14
 _compiled: dict[tuple[Any, ...], Any] = {}  # by specialisation
 _exact: dict[tuple[Any, ...], Any] = {}  # the same, by the numbers themselves: found sooner when a call is repeated
@@ -101,7 +116,8 @@ def recording(arch: int, sms: int = 132) -> Iterator[Recording]:
 def run(
     kernel: Any,
     grid: tuple[int, ...],
-    args: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int | float | None, ...],
     constants: dict[str, Any],
     *,
     num_warps: int = 4,
@@ -109,40 +125,30 @@ def run(
 ) -> None:
     """Launch `kernel` on the current stream of the device of its first tensor.
 
-    args       tensors, ints, floats and None for the kernel's ordinary parameters, in order
-    constants  its tl.constexpr parameters by name, which stand after the ordinary ones and in the order given here
+    tensors    for the kernel's first parameters, in order
+    numbers    for the next ones; None where an option is absent, as among the tensors
+    constants  its tl.constexpr parameters by name, which stand last and in the order given here
     An empty grid launches nothing.
     """
     if 0 in grid:
         return
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
+        _recording.launches.append(Launch(kernel, grid, tensors, numbers, constants, num_warps, num_stages))
         return
     if INTERPRETED:
-        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages)
         return
-    device = args[0].get_device()
+    device = tensors[0].get_device()  # type: ignore[union-attr]
     if device != gpu.current_device():
         with torch.cuda.device(device):
-            _launch(kernel, grid, args, constants, num_warps, num_stages, device)
-    else:
-        _launch(kernel, grid, args, constants, num_warps, num_stages, device)
-
-
-def _launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-    num_warps: int,
-    num_stages: int,
-    device: int,
-) -> None:
+            run(kernel, grid, tensors, numbers, constants, num_warps=num_warps, num_stages=num_stages)
+        return
     values = tuple(constants.values())
-    facts = [a if type(a) in _PLAIN else (a.dtype, a.data_ptr() & 15) for a in args]
-    exact = (id(kernel), device, num_warps, num_stages, values, *facts)
+    kinds = [None if t is None else _codes[t.dtype] + (t.data_ptr() & 15) for t in tensors]
+    exact = (id(kernel), device, num_warps, num_stages, values, numbers, *kinds)
     known = _exact.get(exact)
     if known is None or _profiled():
+        args = (*tensors, *numbers)
         key = (id(kernel), device, num_warps, num_stages, values, *map(class_of, args))
         known = _compiled.get(key)
         if known is None or _profiled():
@@ -153,7 +159,7 @@ def _launch(
         _exact[exact] = known
     launcher, function, metadata = known
     x, y, z = (*grid, 1, 1)[:3]
-    launcher(x, y, z, gpu.stream_of(device), function, metadata, None, None, None, *args, *values)
+    launcher(x, y, z, gpu.stream_of(device), function, metadata, None, None, None, *tensors, *numbers, *values)
 
 
 def _first(

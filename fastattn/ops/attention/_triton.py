@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastattn.ops.attention import tuning
-from fastattn.ops.attention._arguments import SMALLEST_SCALE, dropout, edge, pair_strides, slopes_stride
-from fastattn.ops.attention._arguments import strides as _strides
+from fastattn.ops.attention._arguments import SMALLEST_SCALE, dropout, edge, pair_strides, slopes_stride, strides
 from fastattn.ops.attention._triton_bias import attention_bwd_dbias_kernel, attention_bwd_dsinks_kernel
-from fastattn.ops.attention._triton_bwd import (
-    attention_bwd_delta_kernel,
-    attention_bwd_dkdv_kernel,
-    attention_bwd_dq_kernel,
-)
+from fastattn.ops.attention._triton_bwd import attention_bwd_delta_kernel
+from fastattn.ops.attention._triton_bwd_dkdv import attention_bwd_dkdv_kernel
+from fastattn.ops.attention._triton_bwd_dq import attention_bwd_dq_kernel
 from fastattn.ops.attention._triton_decode import kvcache as kvcache
 from fastattn.ops.attention._triton_fwd import attention_fwd_kernel, attention_weights_kernel
 from fastattn.runtime import launch
 
 Tensor = torch.Tensor
 _ABSENT = (None, None, None, None)
+_SIDELESS = (False, False, False, False)
 
 
 def _pair_strides(t: Tensor | None) -> tuple[Any, ...]:
@@ -40,40 +38,58 @@ def _folds(spec: Any) -> bool:
     return spec.scale >= SMALLEST_SCALE and spec.softcap is None and not spec.alibi and not spec.bias
 
 
-@functools.lru_cache(maxsize=4096)
-def _constants(
-    tile: tuning.Tile, headdim: int, headdim_v: int, group: int, upper_left: bool, fold: bool, tail: bool, pairs: bool,
-    sides: tuple[bool, ...], tf32: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The constants that all kernels share. tail: there can be boundary tiles; pairs: every tile is one."""
-    d, d2 = tuning.split(headdim)
-    dv, dv2 = tuning.split(headdim_v)
+def _constants(spec: Any, tile: tuning.Tile, tail: bool, sides: tuple[bool, ...], tf32: bool) -> dict[str, Any]:
+    """The constants that all kernels share. tail: can there be boundary tiles?"""
+    d, d2 = tuning.split(spec.headdim)
+    dv, dv2 = tuning.split(spec.headdim_v)
     names = ("MASK_ROWS", "MASK_COLS", "BIAS_ROWS", "BIAS_COLS")
+    pairs = spec.mask or spec.bias  # then every tile is masked
+    masked = tail or pairs or spec.packed or spec.left is not None or spec.right is not None
     return {
-        "GROUP": group, "HEADDIM": headdim, "HEADDIM_V": headdim_v, "UPPER_LEFT": upper_left, "FOLD": fold,
-        "MASKED": tail or pairs, "WHOLE": not pairs, **dict(zip(names, sides, strict=True)), "TF32": tf32,
+        "GROUP": spec.nheads // spec.nheads_k, "HEADDIM": spec.headdim, "HEADDIM_V": spec.headdim_v,
+        "UPPER_LEFT": spec.upper_left, "FOLD": _folds(spec), "MASKED": masked, "WHOLE": not pairs,
+        **dict(zip(names, sides, strict=True)), "TF32": tf32,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "D": d, "D2": d2, "DV": dv, "DV2": dv2,
     }  # fmt: skip
 
 
-def _kernel_constants(
-    spec: Any, tile: tuning.Tile, tail: bool, mask: Tensor | None, bias: Tensor | None
-) -> dict[str, Any]:
-    fold = _folds(spec)
-    tf32 = spec.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return _constants(
-        tile, spec.headdim, spec.headdim_v, spec.nheads // spec.nheads_k, spec.upper_left, fold,
-        tail or spec.packed or spec.left is not None or spec.right is not None, spec.mask or spec.bias,
-        (*_sides(mask), *_sides(bias)), tf32,
+class _Plan(NamedTuple):
+    """What follows from a call without its tensors: of a kernel's numbers, those after the strides and after lse's."""
+
+    grid: tuple[int, ...]
+    sizes: tuple[int, ...]
+    scores: tuple[float | None, ...]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(4096)
+def _plan(spec: Any, tile: tuning.Tile, by_keys: bool, sides: tuple[bool, ...], tf32: bool) -> _Plan:
+    """For a kernel whose programs own a block of queries, or of keys."""
+    blocks = -(-spec.seqlen_k // tile.BLOCK_N) if by_keys else -(-spec.seqlen_q // tile.BLOCK_M)
+    tail = spec.seqlen_q % tile.BLOCK_M if by_keys else spec.seqlen_k % tile.BLOCK_N
+    heads = spec.nheads_k if by_keys else spec.nheads
+    return _Plan(
+        (blocks * heads * spec.batch,),
+        (heads, spec.seqlen_q, spec.seqlen_k, blocks),
+        (
+            edge(spec.left, spec), edge(spec.right, spec), float(spec.scale), spec.softcap,
+            *(dropout(spec) if spec.dropout_p else (None, None)),
+        ),
+        _constants(spec, tile, tail != 0, sides, tf32),
     )  # fmt: skip
+
+
+def _plan_of(spec: Any, tile: tuning.Tile, by_keys: bool, mask: Tensor | None, bias: Tensor | None) -> _Plan:
+    sides = _SIDELESS if mask is None and bias is None else (*_sides(mask), *_sides(bias))
+    return _plan(spec, tile, by_keys, sides, _tf32(spec))
+
+
+def _tf32(spec: Any) -> bool:
+    return spec.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def _slopes_stride(alibi_slopes: Tensor | None) -> int | None:
     return None if alibi_slopes is None else slopes_stride(alibi_slopes)
-
-
-def _dropout(spec: Any, philox: Tensor | None) -> tuple[Any, ...]:
-    return (None, None) if philox is None else dropout(spec)
 
 
 def forward(
@@ -92,25 +108,36 @@ def forward(
     philox: Tensor | None,
 ) -> None:
     tile = tuning.row_of(spec, q.device).fwd
-    blocks_m = -(-spec.seqlen_q // tile.BLOCK_M)
-    args = (
-        q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, philox,
-        *_strides(q), *_strides(k), *_strides(v), *_pair_strides(mask), *_pair_strides(bias),
-        _slopes_stride(alibi_slopes), spec.nheads, spec.seqlen_q, spec.seqlen_k, blocks_m, lse.shape[-1],
-        edge(spec.left, spec), edge(spec.right, spec), float(spec.scale), spec.softcap, *_dropout(spec, philox),
+    plan = _plan_of(spec, tile, False, mask, bias)
+    tensors = (
+        q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, philox if spec.dropout_p else None
     )  # fmt: skip
-    constants = _kernel_constants(spec, tile, spec.seqlen_k % tile.BLOCK_N != 0, mask, bias)
-    grid = (blocks_m * spec.nheads * spec.batch,)
-    launch.run(attention_fwd_kernel, grid, args, constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    numbers = (
+        *strides(q), *strides(k), *strides(v), *_pair_strides(mask), *_pair_strides(bias),
+        _slopes_stride(alibi_slopes), *plan.sizes, lse.shape[-1], *plan.scores,
+    )  # fmt: skip
+    launch.run(
+        attention_fwd_kernel, plan.grid, tensors, numbers, plan.constants, num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+@functools.cache
+def _delta_constants(headdim_v: int, block: int) -> dict[str, Any]:
+    dv, dv2 = tuning.split(headdim_v)
+    return {"HEADDIM_V": headdim_v, "BLOCK_M": block, "DV": dv, "DV2": dv2}
 
 
 def _delta(spec: Any, do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor, tile: tuning.Tile) -> Tensor:
     delta = torch.empty_like(lse)
-    seqlen_q, heads = lse.shape[-1], lse.numel() // max(1, lse.shape[-1])
-    dv, dv2 = tuning.split(spec.headdim_v)
-    args = (do, o, dlse, delta, *_strides(do), *_strides(o), spec.nheads, seqlen_q)
-    constants = {"HEADDIM_V": spec.headdim_v, "BLOCK_M": tile.BLOCK_M, "DV": dv, "DV2": dv2}
-    launch.run(attention_bwd_delta_kernel, (-(-seqlen_q // tile.BLOCK_M), heads), args, constants)
+    seqlen_q, heads = lse.shape[-1], spec.nheads if spec.packed else spec.nheads * spec.batch
+    launch.run(
+        attention_bwd_delta_kernel,
+        (-(-seqlen_q // tile.BLOCK_M), heads),
+        (do, o, dlse, delta),
+        (*strides(do), *strides(o), spec.nheads, seqlen_q),
+        _delta_constants(spec.headdim_v, tile.BLOCK_M),
+    )
     return delta
 
 
@@ -140,48 +167,41 @@ def backward(
     lse = lse.contiguous()
     delta = _delta(spec, do, o, None if dlse is None else dlse.contiguous(), lse, row.dq)
     inputs = (q, k, v, do, lse, delta)
-    packing = (cu_seqlens_q, cu_seqlens_k, philox)
-    strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(do))
+    options = (mask, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, philox if spec.dropout_p else None)
+    places = (*strides(q), *strides(k), *strides(v), *strides(do))
     pairs = (*_pair_strides(mask), *_pair_strides(bias), _slopes_stride(alibi_slopes))
-    band = (edge(spec.left, spec), edge(spec.right, spec))
-    scores = (float(spec.scale), spec.softcap, *_dropout(spec, philox))
 
     full = _full_size(spec, dbias)
     tile = row.dq
-    blocks_m = -(-spec.seqlen_q // tile.BLOCK_M)
+    plan = _plan_of(spec, tile, False, mask, bias)
     launch.run(
         attention_bwd_dq_kernel,
-        (blocks_m * spec.nheads * spec.batch,),
-        (
-            *inputs, dq, full, mask, bias, alibi_slopes, *packing, *strides,
-            *_pair_strides(full)[:3], *pairs, spec.nheads, spec.seqlen_q, spec.seqlen_k, blocks_m, lse.shape[-1],
-            *band, *scores,
-        ),
-        _kernel_constants(spec, tile, spec.seqlen_k % tile.BLOCK_N != 0, mask, bias),
+        plan.grid,
+        (*inputs, dq, full, *options),
+        (*places, *_pair_strides(full)[:3], *pairs, *plan.sizes, lse.shape[-1], *plan.scores),
+        plan.constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-    )  # fmt: skip
+    )
     tile = row.dkdv
-    blocks_n = -(-spec.seqlen_k // tile.BLOCK_N)
+    plan = _plan_of(spec, tile, True, mask, bias)
     launch.run(
         attention_bwd_dkdv_kernel,
-        (blocks_n * spec.nheads_k * spec.batch,),
-        (
-            *inputs, dk, dv, mask, bias, alibi_slopes, *packing, *strides, *pairs, spec.nheads_k, spec.seqlen_q,
-            spec.seqlen_k, blocks_n, lse.shape[-1], *band, *scores,
-        ),
-        _kernel_constants(spec, tile, spec.seqlen_q % tile.BLOCK_M != 0, mask, bias),
+        plan.grid,
+        (*inputs, dk, dv, *options),
+        (*places, *pairs, *plan.sizes, lse.shape[-1], *plan.scores),
+        plan.constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-    )  # fmt: skip
+    )
     if dbias is not None and full is None and dbias.numel() > 0:
         assert bias is not None
-        found = _bias_sums(spec, row.dq, inputs, dbias, mask, bias, alibi_slopes, packing, strides, pairs, band, scores)
+        found = _bias_sums(spec, row.dq, inputs, dbias, options, (*places, *pairs), plan.scores)
         dbias.copy_(found.sum_to_size(_four_sizes(dbias)).view(dbias.shape))
     if dsinks is not None:
         rows = (1, lse.shape[-1]) if spec.packed else (spec.batch, spec.seqlen_q)
-        args = (lse, delta, sinks, dsinks, spec.nheads, rows[1], rows[0])
-        launch.run(attention_bwd_dsinks_kernel, (spec.nheads,), args, {"BLOCK_M": 1024})
+        tensors, numbers = (lse, delta, sinks, dsinks), (spec.nheads, rows[1], rows[0])
+        launch.run(attention_bwd_dsinks_kernel, (spec.nheads,), tensors, numbers, {"BLOCK_M": 1024})
 
 
 def _four_sizes(t: Tensor) -> tuple[int, ...]:
@@ -197,30 +217,28 @@ def _full_size(spec: Any, dbias: Tensor | None) -> Tensor | None:
 
 
 def _bias_sums(
-    spec: Any, tile: tuning.Tile, inputs: Any, dbias: Tensor, mask: Tensor | None, bias: Tensor,
-    alibi_slopes: Tensor | None, packing: Any, strides: Any, pairs: Any, band: Any, scores: Any,
-) -> Tensor:  # fmt: skip
+    spec: Any, tile: tuning.Tile, inputs: Any, dbias: Tensor, options: Any, places: tuple[Any, ...], scores: Any
+) -> Tensor:
     """The gradient of a bias that broadcasts. Where rows or columns are summed it is small, so heads and sequences are
     told apart for more programs at once, and the caller adds them up."""
     tile = tile._replace(BLOCK_M=min(tile.BLOCK_M, 64), BLOCK_N=min(tile.BLOCK_N, 32))  # one accumulator more than dq
+    mask, bias, *_ = options
     sizes = list(_four_sizes(dbias))
     rows, cols = _sides(bias)
     if not (rows and cols):
         sizes[:2] = spec.batch, spec.nheads
     found = dbias.new_zeros(sizes)
     blocks_m, blocks_n = -(-spec.seqlen_q // tile.BLOCK_M), -(-spec.seqlen_k // tile.BLOCK_N)
-    grid = sizes[0] * sizes[1] * (blocks_m if rows else 1) * (blocks_n if cols else 1)
-    constants = _kernel_constants(spec, tile, True, mask, bias)
-    constants = {name: value for name, value in constants.items() if name not in ("FOLD", "MASKED", "WHOLE")}
+    constants = _constants(spec, tile, True, (*_sides(mask), rows, cols), _tf32(spec))
     launch.run(
         attention_bwd_dbias_kernel,
-        (grid,),
+        (sizes[0] * sizes[1] * (blocks_m if rows else 1) * (blocks_n if cols else 1),),
+        (*inputs, found, *options),
         (
-            *inputs, found, mask, bias, alibi_slopes, *packing, *strides, *found.stride(), *pairs, spec.nheads,
-            spec.seqlen_q, spec.seqlen_k, blocks_m, blocks_n, inputs[4].shape[-1], sizes[0], sizes[1], spec.batch,
-            *band, *scores,
+            *places[:12], *found.stride(), *places[12:], spec.nheads, spec.seqlen_q, spec.seqlen_k, blocks_m, blocks_n,
+            inputs[4].shape[-1], sizes[0], sizes[1], spec.batch, *scores,
         ),
-        constants,
+        {name: value for name, value in constants.items() if name not in ("FOLD", "MASKED", "WHOLE")},
         num_warps=tile.num_warps,
         num_stages=1,
     )  # fmt: skip
@@ -245,12 +263,16 @@ def weights(
 ) -> None:
     tile = tuning.row_of(spec, q.device).dkdv
     blocks_m, blocks_n = -(-spec.seqlen_q // tile.BLOCK_M), -(-spec.seqlen_k // tile.BLOCK_N)
-    args = (
-        q, k, lse.contiguous(), mask, bias, alibi_slopes, out, *_strides(q), *_strides(k), *_pair_strides(mask),
-        *_pair_strides(bias), _slopes_stride(alibi_slopes), spec.nheads, spec.seqlen_q, spec.seqlen_k, blocks_m,
-        blocks_n, edge(spec.left, spec), edge(spec.right, spec), float(spec.scale), spec.softcap,
+    plan = _plan_of(spec, tile, True, mask, bias)
+    launch.run(
+        attention_weights_kernel,
+        (blocks_m * blocks_n * spec.nheads * spec.batch,),
+        (q, k, lse.contiguous(), mask, bias, alibi_slopes, out),
+        (
+            *strides(q), *strides(k), *_pair_strides(mask), *_pair_strides(bias), _slopes_stride(alibi_slopes), spec.nheads,
+            spec.seqlen_q, spec.seqlen_k, blocks_m, blocks_n, *plan.scores[:4],
+        ),
+        {name: plan.constants[name] for name in _WEIGHTS},
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
-    constants = _kernel_constants(spec, tile, True, mask, bias)
-    grid = (blocks_m * blocks_n * spec.nheads * spec.batch,)
-    constants = {name: constants[name] for name in _WEIGHTS}
-    launch.run(attention_weights_kernel, grid, args, constants, num_warps=tile.num_warps, num_stages=tile.num_stages)

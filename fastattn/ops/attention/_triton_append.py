@@ -105,8 +105,8 @@ def append(
     launch.run(
         kvcache_append_kernel,
         grid,
+        (k, v, None if cos is None else q, k_cache, v_cache, rotated, cache_seqlens, block_table, cos, sin),
         (
-            k, v, None if cos is None else q, k_cache, v_cache, rotated, cache_seqlens, block_table, cos, sin,
             rows, spec.seqlen_new, spec.nheads, spec.nheads_k, spec.seqlen_k, 0 if cos is None else cos.shape[0],
             groups_k, groups_v, *k.stride()[:3], *v.stride()[:3], *q.stride()[:3], *k_cache.stride()[:3],
             *v_cache.stride()[:3], *(q if rotated is None else rotated).stride()[:3],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention._triton_bwd import _load_block, _probabilities, _score_gradient
+from fastattn.ops.attention._triton_bwd import load_block, probabilities, score_gradient
 from fastattn.ops.attention._triton_score import LOG2E, dot_rows, kept, load_pairs
 
 
@@ -76,8 +76,8 @@ def attention_bwd_dbias_kernel(
         if wanted:
             m = (m0 + i)[:, None]
             n = (n0 + j)[None, :]
-            q_tile, q2_tile = _load_block(q, q_m, m0, rows, BLOCK_M, D, D2, HEADDIM, True)
-            k_tile, k2_tile = _load_block(k, k_n, n0, cols, BLOCK_N, D, D2, HEADDIM, True)
+            q_tile, q2_tile = load_block(q, q_m, m0, rows, BLOCK_M, D, D2, HEADDIM, True)
+            k_tile, k2_tile = load_block(k, k_n, n0, cols, BLOCK_N, D, D2, HEADDIM, True)
             s = dot_rows(
                 q_tile, q2_tile, q, q_m, m0, rows, k_tile, k2_tile, k, k_n, n0, cols, BLOCK_M, BLOCK_N, D2, HEADDIM,
                 TF32, True, False,
@@ -98,12 +98,12 @@ def attention_bwd_dbias_kernel(
                 slope = tl.load(slopes_ptr + row * slopes_b + h)
             lse = tl.load(lse_ptr + lse_at + m0 + i, mask=m0 + i < rows, other=0.0)
             delta = tl.load(delta_ptr + lse_at + m0 + i, mask=m0 + i < rows, other=0.0)
-            p, _, visible = _probabilities(
+            p, _, visible = probabilities(
                 s, lse[:, None], m, n, seen, bias, slope, rows, cols, diagonal, left, right, scale, softcap, False,
                 q_tile.dtype == tl.float32, True,
             )  # fmt: skip
-            do_tile, do2_tile = _load_block(do, do_m, m0, rows, BLOCK_M, DV, DV2, HEADDIM_V, True)
-            v_tile, v2_tile = _load_block(v, v_n, n0, cols, BLOCK_N, DV, DV2, HEADDIM_V, True)
+            do_tile, do2_tile = load_block(do, do_m, m0, rows, BLOCK_M, DV, DV2, HEADDIM_V, True)
+            v_tile, v2_tile = load_block(v, v_n, n0, cols, BLOCK_N, DV, DV2, HEADDIM_V, True)
             dp = dot_rows(
                 do_tile, do2_tile, do, do_m, m0, rows, v_tile, v2_tile, v, v_n, n0, cols, BLOCK_M, BLOCK_N, DV2,
                 HEADDIM_V, TF32, True, False,
@@ -111,7 +111,7 @@ def attention_bwd_dbias_kernel(
             keep = None
             if philox_ptr is not None:
                 keep = kept(philox_ptr, b * nheads + h, m0, n0, threshold, BLOCK_M, BLOCK_N, False)
-            total += _score_gradient(p, dp, delta[:, None], keep, upscale, visible, True)
+            total += score_gradient(p, dp, delta[:, None], keep, upscale, visible, True)
     dbias_ptr += at_b.to(tl.int64) * dbias_b + at_h.to(tl.int64) * dbias_h
     m = at_m * BLOCK_M + i
     n = at_n * BLOCK_N + j

@@ -44,7 +44,7 @@ def load_rows(
 
 
 @triton.jit
-def _load_slice(
+def load_slice(
     ptr, stride, first, limit, d0, ROWS: tl.constexpr, SLICE: tl.constexpr, HEADDIM: tl.constexpr, CHECK: tl.constexpr
 ):  # fmt: skip
     """Columns [d0, d0 + SLICE) of ROWS rows from row `first` on, 0 as in load_rows."""
@@ -77,8 +77,8 @@ def dot_rows(
     if SMALL or (a.dtype == tl.float32 and not TF32 and (a.shape[1] > 64 or D2 > 0)):
         SLICE: tl.constexpr = min(a.shape[1], 64)
         for d0 in tl.range(0, HEADDIM, SLICE, num_stages=1):
-            a_slice = _load_slice(a_ptr, a_stride, a_first, a_limit, d0, M, SLICE, HEADDIM, True)
-            b_slice = _load_slice(b_ptr, b_stride, b_first, b_limit, d0, N, SLICE, HEADDIM, CHECK)
+            a_slice = load_slice(a_ptr, a_stride, a_first, a_limit, d0, M, SLICE, HEADDIM, True)
+            b_slice = load_slice(b_ptr, b_stride, b_first, b_limit, d0, N, SLICE, HEADDIM, CHECK)
             s = dot(a_slice, tl.trans(b_slice), s, TF32)
     else:
         s = dot(a, tl.trans(b), s, TF32)

@@ -76,9 +76,9 @@ def _cuda_row(spec: Any) -> object:
 
 
 def _triton_row(spec: Any) -> object:
-    from fastattn.ops.attention import _triton_decode, tuning
+    from fastattn.ops.attention import tuning, tuning_decode
 
-    return _triton_decode.row_of(spec) if isinstance(spec, KVCacheSpec) else tuning.row_of(spec)
+    return tuning_decode.row_of(spec) if isinstance(spec, KVCacheSpec) else tuning.row_of(spec)
 
 
 _CPU = Backend("cpu", "fastattn.ops.attention._cpu", _cpu_objections)

@@ -17,7 +17,7 @@ import torch
 from fastattn.ops import _alloc, _eager
 from fastattn.ops._check import fail, same_device, same_dtype, shape
 from fastattn.ops._dispatch import choose
-from fastattn.ops._op import Op
+from fastattn.ops._op import Op, plain, wants_gradient
 from fastattn.ops.attention import _reference
 from fastattn.ops.attention.backends import BACKENDS, WEIGHTS
 from fastattn.ops.attention.kvcache_spec import check_kvcache
@@ -69,7 +69,7 @@ def _check(q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, 
 
 def _new(like: Tensor, *shape: Any) -> Tensor:
     """An uninitialised tensor of like's dtype and device, a large one from our huge pages. Small calls pay 0.2 µs for it."""
-    if type(like) is Tensor and like.numel() >= _LARGE:
+    if like.is_cpu and type(like) is Tensor and like.numel() >= _LARGE:
         return _alloc.empty(shape, like.dtype, like.device)
     return like.new_empty(shape)
 
@@ -87,13 +87,13 @@ def _outputs(spec: AttentionSpec, q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _forward(
     q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right, upper_left, scale, softcap,
-    dropout_p, deterministic, backend,
+    dropout_p, deterministic, backend, notes=None,
 ):  # fmt: skip
-    plain = (
+    simple = (
         mask is None and bias is None and alibi_slopes is None and sinks is None and cu_q is None and softcap is None
     )
     if (
-        plain
+        simple
         and cu_k is None
         and max_q is None
         and max_k is None
@@ -113,6 +113,8 @@ def _forward(
     chosen.impl.forward(
         spec, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, cu_q, cu_q if cu_k is None else cu_k, philox
     )
+    if notes is not None:
+        notes.spec = spec
     return o, lse
 
 
@@ -130,9 +132,13 @@ def _backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
     nothing = (None,) * (_NUM_FORWARD - 3)
     if do is None and dlse is None:
         return (None, None, None, *nothing)
-    needs_dbias, needs_dsinks = ctx.needs_input_grad[_BIAS], ctx.needs_input_grad[_SINKS]
+    needs_dbias, needs_dsinks = wants_gradient(ctx, _BIAS), wants_gradient(ctx, _SINKS)
     do = torch.zeros_like(o) if do is None else do
-    dq, dk, dv, dbias, dsinks = attention_bwd(do, dlse, o, lse, *tensors, *ctx.scalars, needs_dbias, needs_dsinks)
+    args = (do, dlse, o, lse, *tensors, *ctx.scalars, needs_dbias, needs_dsinks)
+    if plain(ctx, do, dlse, *tensors):
+        dq, dk, dv, dbias, dsinks = _compute_gradients(ctx.spec, *args)
+    else:
+        dq, dk, dv, dbias, dsinks = attention_bwd(*args)
     gradients = [dq, dk, dv, *nothing]
     if needs_dbias:
         gradients[_BIAS] = dbias
@@ -156,6 +162,10 @@ def _check_backward(do, dlse, o, lse, q, *args) -> AttentionSpec:
     return spec
 
 
+def _gradient(t: Tensor) -> Tensor:
+    return torch.empty_like(t) if t.is_contiguous() and t.numel() < _LARGE else _new(t, *t.shape)
+
+
 def _gradients(
     q: Tensor, k: Tensor, v: Tensor, bias: Any, sinks: Any, needs_dbias: bool, needs_dsinks: bool
 ) -> tuple[Any, ...]:
@@ -163,7 +173,7 @@ def _gradients(
     wide = _statistics(q)
     dbias = q.new_zeros(bias.shape, dtype=wide) if needs_dbias else None
     dsinks = q.new_zeros(sinks.shape, dtype=wide) if needs_dsinks else None
-    return _new(q, *q.shape), _new(k, *k.shape), _new(v, *v.shape), dbias, dsinks
+    return _gradient(q), _gradient(k), _gradient(v), dbias, dsinks
 
 
 def _returned(gradient: Tensor | None, like: Tensor | None, q: Tensor) -> Tensor:
@@ -175,21 +185,26 @@ def _unit_last(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _bwd_forward(
-    do, dlse, o, lse, q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right,
+def _bwd_forward(*args):
+    dq, dk, dv, dbias, dsinks = _compute_gradients(_check_backward(*args), *args)
+    nothing = args[4].new_empty
+    return dq, dk, dv, nothing(0) if dbias is None else dbias, nothing(0) if dsinks is None else dsinks
+
+
+def _compute_gradients(
+    spec, do, dlse, o, lse, q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right,
     upper_left, scale, softcap, dropout_p, deterministic, backend, needs_dbias, needs_dsinks,
 ):  # fmt: skip
-    spec = _check_backward(
-        do, dlse, o, lse, q, k, v, mask, bias, alibi_slopes, sinks, cu_q, cu_k, philox, max_q, max_k, left, right,
-        upper_left, scale, softcap, dropout_p, deterministic, backend, needs_dbias, needs_dsinks,
-    )  # fmt: skip
+    if torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic:
+        spec = spec._replace(deterministic=True)
     chosen = choose("attention_bwd", BACKENDS, spec, backend)
     dq, dk, dv, dbias, dsinks = _gradients(q, k, v, bias, sinks, needs_dbias, needs_dsinks)
     chosen.impl.backward(
         spec, _unit_last(do), None if dlse is None else _unit_last(dlse), q, k, v, _unit_last(o), _unit_last(lse),
         mask, bias, alibi_slopes, sinks, cu_q, cu_q if cu_k is None else cu_k, philox, dq, dk, dv, dbias, dsinks,
     )  # fmt: skip
-    return dq, dk, dv, _returned(dbias, bias, q), _returned(dsinks, sinks, q)
+    dbias = None if dbias is None else dbias.to(bias.dtype)
+    return dq, dk, dv, dbias, None if dsinks is None else dsinks.to(sinks.dtype)
 
 
 def _bwd_fake(do, dlse, o, lse, q, k, v, mask, bias, alibi_slopes, sinks, *args):
@@ -223,7 +238,13 @@ attention_bwd = Op(
     flops=_bwd_flops,
 )
 attention_fwd = Op(
-    f"attention_fwd({_FORWARD}) -> (Tensor, Tensor)", _forward, _fake, save=_save, backward=_backward, flops=_flops
+    f"attention_fwd({_FORWARD}) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    save=_save,
+    backward=_backward,
+    flops=_flops,
+    notes=True,
 )
 
 
@@ -281,7 +302,7 @@ def _weights_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _weights_backward(ctx: Any, dout: Tensor | None) -> tuple[Any, ...]:
     if dout is None:
         return (None,) * 12
-    needs_dbias = ctx.needs_input_grad[_BIAS]
+    needs_dbias = wants_gradient(ctx, _BIAS)
     dq, dk, dlse, dbias = attention_weights_bwd(dout, *ctx.saved_tensors, *ctx.scalars, needs_dbias)
     return dq, dk, dlse, None, dbias if needs_dbias else None, *(None,) * 7
 

@@ -6,13 +6,15 @@ import torch
 
 from fastattn.ops._dispatch import choose
 from fastattn.ops._norm import unit_last
-from fastattn.ops._op import Op
+from fastattn.ops._op import Op, plain, wants_gradient
 from fastattn.ops.layer_norm.backends import BACKENDS
 from fastattn.ops.layer_norm.spec import check_layer_norm
 
 
-def _forward(x, weight, bias, residual, eps, backend):
+def _forward(x, weight, bias, residual, eps, backend, notes=None):
     spec = check_layer_norm(x, weight, bias, residual, eps)
+    if notes is not None:
+        notes.spec = spec
     return choose("layer_norm", BACKENDS, spec, backend).impl.forward(x, weight, bias, residual, eps)
 
 
@@ -35,16 +37,21 @@ def _backward(ctx, dy, dsum, _mean, _rstd):
     x, weight, bias, mean, rstd = ctx.saved_tensors
     if dy is None:  # only x + residual was used
         return dsum, None, None, dsum if ctx.added else None, None, None
-    wants_dweight, wants_dbias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
-    dx, dweight, dbias = layer_norm_bwd(
-        *(unit_last(dy), unit_last(dsum), x, weight, bias, mean, rstd),
-        *(ctx.eps, wants_dweight, wants_dbias, ctx.backend),
-    )
+    args = (
+        unit_last(dy), unit_last(dsum), x, weight, bias, mean, rstd, ctx.eps, wants_gradient(ctx, 1),
+        wants_gradient(ctx, 2), ctx.backend,
+    )  # fmt: skip
+    direct = plain(ctx, dy, dsum, x, weight, bias, mean, rstd)
+    dx, dweight, dbias = _compute_gradients(ctx.spec, *args) if direct else layer_norm_bwd(*args)
     return dx, dweight, dbias, dx if ctx.added else None, None, None
 
 
 def _backward_forward(dy, dsum, x, weight, bias, mean, rstd, eps, wants_dweight, wants_dbias, backend):
     spec = check_layer_norm(x, weight, bias, None, eps)
+    return _compute_gradients(spec, dy, dsum, x, weight, bias, mean, rstd, eps, wants_dweight, wants_dbias, backend)
+
+
+def _compute_gradients(spec, dy, dsum, x, weight, bias, mean, rstd, eps, wants_dweight, wants_dbias, backend):
     impl = choose("layer_norm", BACKENDS, spec, backend).impl
     return impl.backward(dy, dsum, x, weight, bias, mean, rstd, eps, wants_dweight, wants_dbias)
 
@@ -68,4 +75,5 @@ layer_norm_fwd = Op(
     _fake,
     save=_save,
     backward=_backward,
+    notes=True,
 )

@@ -6,13 +6,15 @@ import torch
 
 from fastattn.ops._dispatch import choose
 from fastattn.ops._norm import unit_last
-from fastattn.ops._op import Op
+from fastattn.ops._op import Op, plain, wants_gradient
 from fastattn.ops.rms_norm.backends import BACKENDS
 from fastattn.ops.rms_norm.spec import check_rms_norm
 
 
-def _forward(x, weight, residual, eps, weight_offset, rounding, backend):
+def _forward(x, weight, residual, eps, weight_offset, rounding, backend, notes=None):
     spec = check_rms_norm(x, weight, residual, eps, weight_offset, rounding)
+    if notes is not None:
+        notes.spec = spec
     impl = choose("rms_norm", BACKENDS, spec, backend).impl
     return impl.forward(x, weight, residual, eps, weight_offset, rounding)
 
@@ -35,15 +37,21 @@ def _backward(ctx, dy, dsum, _rstd):
     options = (None, None, None, None)
     if dy is None:  # only x + residual was used
         return dsum, None, dsum if ctx.added else None, *options
-    dx, dweight = rms_norm_bwd(
-        *(unit_last(dy), unit_last(dsum), x, weight, rstd),
-        *(ctx.eps, ctx.weight_offset, ctx.rounding, ctx.needs_input_grad[1], ctx.backend),
-    )
+    args = (
+        unit_last(dy), unit_last(dsum), x, weight, rstd, ctx.eps, ctx.weight_offset, ctx.rounding, wants_gradient(ctx, 1),
+        ctx.backend,
+    )  # fmt: skip
+    direct = plain(ctx, dy, dsum, x, weight, rstd)
+    dx, dweight = _compute_gradients(ctx.spec, *args) if direct else rms_norm_bwd(*args)
     return dx, dweight, dx if ctx.added else None, *options
 
 
 def _backward_forward(dy, dsum, x, weight, rstd, eps, weight_offset, rounding, wants_dweight, backend):
     spec = check_rms_norm(x, weight, None, eps, weight_offset, rounding)
+    return _compute_gradients(spec, dy, dsum, x, weight, rstd, eps, weight_offset, rounding, wants_dweight, backend)
+
+
+def _compute_gradients(spec, dy, dsum, x, weight, rstd, eps, weight_offset, rounding, wants_dweight, backend):
     impl = choose("rms_norm", BACKENDS, spec, backend).impl
     return impl.backward(dy, dsum, x, weight, rstd, eps, weight_offset, rounding, wants_dweight)
 
@@ -65,4 +73,5 @@ rms_norm_fwd = Op(
     _fake,
     save=_save,
     backward=_backward,
+    notes=True,
 )

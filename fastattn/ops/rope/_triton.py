@@ -101,8 +101,8 @@ def forward(op, x, k, cos, sin, position_ids, interleaved, inverse):
     launch.run(
         rope_kernel,
         grid,
+        (x, k, y, k_out, cos, sin, position_ids),
         (
-            x, k, y, k_out, cos, sin, position_ids,
             rows, seqlen, nheads, nheads_k, headdim, headdim_k, half, cos.shape[-2], groups,
             *_strides(x), *_strides(y), *_strides(k), *_strides(k_out), *_table(cos), *_table(sin), *ids,
         ),

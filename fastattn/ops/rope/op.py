@@ -6,13 +6,19 @@ import torch
 
 from fastattn.ops._dispatch import choose
 from fastattn.ops._norm import unit_last
-from fastattn.ops._op import Op
+from fastattn.ops._op import Op, plain
 from fastattn.ops.rope.backends import BACKENDS
 from fastattn.ops.rope.spec import check_rope
 
 
-def _forward(x, cos, sin, position_ids, interleaved, inverse, backend):
+def _forward(x, cos, sin, position_ids, interleaved, inverse, backend, notes=None):
     spec = check_rope("rope", x, None, cos, sin, position_ids, interleaved)
+    if notes is not None:
+        notes.spec = spec
+    return _rotate(spec, x, cos, sin, position_ids, interleaved, inverse, backend)
+
+
+def _rotate(spec, x, cos, sin, position_ids, interleaved, inverse, backend):
     impl = choose("rope", BACKENDS, spec, backend).impl
     return impl.forward("rope", x, None, cos, sin, position_ids, interleaved, inverse)[0]
 
@@ -32,11 +38,18 @@ def _backward(ctx, dy):
     if dy is None:
         return None, *unused
     interleaved, inverse, backend = ctx.options
-    return rope(unit_last(dy), *ctx.saved_tensors, interleaved, not inverse, backend), *unused
+    args = (unit_last(dy), *ctx.saved_tensors, interleaved, not inverse, backend)
+    return _rotate(ctx.spec, *args) if plain(ctx, *args[:4]) else rope(*args), *unused
 
 
-def _forward_qk(q, k, cos, sin, position_ids, interleaved, inverse, backend):
+def _forward_qk(q, k, cos, sin, position_ids, interleaved, inverse, backend, notes=None):
     spec = check_rope("rope_qk", q, k, cos, sin, position_ids, interleaved)
+    if notes is not None:
+        notes.spec = spec
+    return _rotate_qk(spec, q, k, cos, sin, position_ids, interleaved, inverse, backend)
+
+
+def _rotate_qk(spec, q, k, cos, sin, position_ids, interleaved, inverse, backend):
     impl = choose("rope_qk", BACKENDS, spec, backend).impl
     return impl.forward("rope_qk", q, k, cos, sin, position_ids, interleaved, inverse)
 
@@ -58,7 +71,8 @@ def _backward_qk(ctx, dq, dk):
     if dq is None or dk is None:  # one of them was not used
         dq, dk = (None if d is None else rope(unit_last(d), *rotation) for d in (dq, dk))
         return dq, dk, *unused
-    return *rope_qk(unit_last(dq), unit_last(dk), *rotation), *unused
+    args = (unit_last(dq), unit_last(dk), *rotation)
+    return *(_rotate_qk(ctx.spec, *args) if plain(ctx, *args[:5]) else rope_qk(*args)), *unused
 
 
 rope = Op(
@@ -68,6 +82,7 @@ rope = Op(
     _fake,
     save=_save,
     backward=_backward,
+    notes=True,
 )
 rope_qk = Op(
     "rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? position_ids, bool interleaved, bool inverse, "
@@ -76,4 +91,5 @@ rope_qk = Op(
     _fake_qk,
     save=_save_qk,
     backward=_backward_qk,
+    notes=True,
 )

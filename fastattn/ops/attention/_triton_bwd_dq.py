@@ -1,0 +1,232 @@
+"""The backward kernel of the queries: dq, and a dbias as large as the scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastattn.ops.attention._triton_bwd import (
+    accumulate,
+    before_softcap,
+    load_block,
+    probabilities,
+    score_gradient,
+    zero_block,
+)
+from fastattn.ops.attention._triton_score import (
+    LOST_M,
+    LOST_N,
+    any_lost,
+    dot_rows,
+    kept,
+    key_range,
+    load_pairs,
+    seen_range,
+    store_rows,
+)
+
+
+@triton.jit
+def _dq_walk(
+    dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m, mask_ptr,
+    mask_m, mask_n, bias_ptr, bias_m, bias_n, dbias_ptr, dbias_m, slope, philox_ptr, head, m0, first, count, jump_at,
+    jump, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold, upscale,
+    MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr,
+    HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr, MASKED: tl.constexpr,
+    SAFE: tl.constexpr,
+):  # fmt: skip
+    """`count` tiles of keys from `first` on; masked ones leave out the `jump` keys after tile `jump_at`."""
+    i = tl.arange(0, BLOCK_M)[:, None]
+    j = tl.arange(0, BLOCK_N)[None, :]
+    for step in tl.range(0, count, num_stages=1 if SAFE else None):
+        n0 = first + step * BLOCK_N
+        if MASKED:
+            n0 += tl.where(step >= jump_at, jump, 0)
+        seen = None
+        if mask_ptr is not None:
+            seen = load_pairs(mask_ptr, mask_m, mask_n, m0, n0, i, j, seqlen_q, seqlen_k, MASK_ROWS, MASK_COLS, True)
+            seen = seen != 0
+        k_tile, k2_tile = load_block(k_ptr, k_n, n0, seqlen_k, BLOCK_N, D, D2, HEADDIM, MASKED)
+        s = dot_rows(
+            q_tile, q2_tile, q_ptr, q_m, m0, seqlen_q, k_tile, k2_tile, k_ptr, k_n, n0, seqlen_k, BLOCK_M, BLOCK_N, D2,
+            HEADDIM, TF32, MASKED, SAFE,
+        )  # fmt: skip
+        bias = None
+        if bias_ptr is not None:
+            bias = load_pairs(bias_ptr, bias_m, bias_n, m0, n0, i, j, seqlen_q, seqlen_k, BIAS_ROWS, BIAS_COLS, True)
+        p, t, visible = probabilities(
+            s, lse[:, None], m0 + i, n0 + j, seen, bias, slope, seqlen_q, seqlen_k, diagonal, left, right, scale,
+            softcap, FOLD, q_tile.dtype == tl.float32, MASKED,
+        )  # fmt: skip
+        v_tile, v2_tile = load_block(v_ptr, v_n, n0, seqlen_k, BLOCK_N, DV, DV2, HEADDIM_V, MASKED)
+        dp = dot_rows(
+            do_tile, do2_tile, do_ptr, do_m, m0, seqlen_q, v_tile, v2_tile, v_ptr, v_n, n0, seqlen_k, BLOCK_M, BLOCK_N,
+            DV2, HEADDIM_V, TF32, MASKED, SAFE,
+        )  # fmt: skip
+        keep = None
+        if philox_ptr is not None:
+            keep = kept(philox_ptr, head, m0, n0, threshold, BLOCK_M, BLOCK_N, False)
+        ds = score_gradient(p, dp, delta[:, None], keep, upscale, visible, MASKED)
+        if dbias_ptr is not None:
+            cells = (dbias_ptr + (m0 + i).to(tl.int64) * dbias_m) + (n0 + j)
+            tl.store(cells, ds, mask=(m0 + i < seqlen_q) & (n0 + j < seqlen_k))
+        ds = before_softcap(ds, t, softcap, visible, MASKED)
+        dq, dq2 = accumulate(dq, dq2, ds, k_tile, k2_tile, visible, D2, TF32, SAFE)
+    return dq, dq2
+
+
+@triton.jit
+def _dq_store(
+    dq, dq2, dq_ptr, dq_m, m0, seqlen_q, scale, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
+    D2: tl.constexpr,
+):  # fmt: skip
+    dq_ptr += m0.to(tl.int64) * dq_m
+    store_rows(dq_ptr, dq_m, seqlen_q - m0, dq * scale, BLOCK_M, D, 0, HEADDIM)
+    if D2 > 0:
+        store_rows(dq_ptr, dq_m, seqlen_q - m0, dq2 * scale, BLOCK_M, D2, D, HEADDIM)
+
+
+@triton.jit
+def _dq_again(
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, q_m, k_n, v_n, do_m, dq_m, mask_ptr, mask_m, mask_n,
+    bias_ptr, bias_m, bias_n, slope, philox_ptr, head, m0, m1, seqlen_q, seqlen_k, diagonal, left, right, scale,
+    softcap, threshold, upscale,
+    MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr,
+    HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
+    DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr,
+):  # fmt: skip
+    """dq of queries [m0, m1) once more, in few registers, such that 0 · NaN of a key that a query may not see is 0."""
+    for step in tl.range(0, (m1 - m0 + LOST_M - 1) // LOST_M, num_stages=1):
+        m = m0 + step * LOST_M
+        q_tile, q2_tile = load_block(q_ptr, q_m, m, seqlen_q, LOST_M, D, D2, HEADDIM, True)
+        do_tile, do2_tile = load_block(do_ptr, do_m, m, seqlen_q, LOST_M, DV, DV2, HEADDIM_V, True)
+        i = tl.arange(0, LOST_M)
+        lse = tl.load(lse_ptr + m + i, mask=m + i < seqlen_q, other=0.0)
+        delta = tl.load(delta_ptr + m + i, mask=m + i < seqlen_q, other=0.0)
+        lo, before, whole, after = key_range(
+            m, tl.minimum(m + LOST_M, seqlen_q), diagonal, left, right, seqlen_k, LOST_N
+        )
+        dq, dq2 = zero_block(LOST_M, D, D2)
+        dq, dq2 = _dq_walk(
+            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m,
+            mask_ptr, mask_m, mask_n, bias_ptr, bias_m, bias_n, None, 0, slope, philox_ptr, head, m, lo,
+            before + whole + after, 0, 0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
+            upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, LOST_M, LOST_N, D, D2, DV,
+            DV2, TF32, True, True,
+        )  # fmt: skip
+        _dq_store(dq, dq2, dq_ptr, dq_m, m, seqlen_q, scale, HEADDIM, LOST_M, D, D2)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_m", "lse_stride", "left", "right", "threshold"])
+def attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dbias_ptr, mask_ptr, bias_ptr, slopes_ptr, cu_q_ptr,
+    cu_k_ptr, philox_ptr,
+    q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, dbias_b, dbias_h, dbias_m,
+    mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n,
+    slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride, left, right, scale, softcap, threshold, upscale,
+    GROUP: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, UPPER_LEFT: tl.constexpr, FOLD: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_M queries of one head, and their rows of a full-size dbias.
+
+    Grid: blocks_m · nheads · batch, in the forward's order. Registers: dq [BLOCK_M, D + D2], s and dp
+    [BLOCK_M, BLOCK_N] in float32; shared memory: q, do, and num_stages tiles of k and v. Bound by the tensor cores:
+    6 · headdim flops per pair.
+    """
+    pid = tl.program_id(0)
+    block = pid % blocks_m
+    if right is not None:
+        block = blocks_m - 1 - block
+    h = pid // blocks_m % nheads
+    b = pid // blocks_m // nheads
+    m0 = block * BLOCK_M
+    row = b.to(tl.int64)
+    q_ptr += h.to(tl.int64) * q_h
+    do_ptr += h.to(tl.int64) * do_h
+    k_ptr += (h // GROUP).to(tl.int64) * k_h
+    v_ptr += (h // GROUP).to(tl.int64) * v_h
+    if cu_q_ptr is None:
+        q_ptr += row * q_b
+        do_ptr += row * do_b
+        k_ptr += row * k_b
+        v_ptr += row * v_b
+        first_row = row * seqlen_q
+        first_lse = (row * nheads + h) * lse_stride
+    else:
+        start_q = tl.load(cu_q_ptr + b)
+        start_k = tl.load(cu_k_ptr + b)
+        seqlen_q = tl.load(cu_q_ptr + b + 1) - start_q
+        seqlen_k = tl.load(cu_k_ptr + b + 1) - start_k
+        if m0 >= seqlen_q:
+            return
+        q_ptr += start_q.to(tl.int64) * q_m
+        do_ptr += start_q.to(tl.int64) * do_m
+        k_ptr += start_k.to(tl.int64) * k_n
+        v_ptr += start_k.to(tl.int64) * v_n
+        first_row = start_q.to(tl.int64)
+        first_lse = h.to(tl.int64) * lse_stride + start_q
+    lse_ptr += first_lse
+    delta_ptr += first_lse
+    dq_m = nheads * HEADDIM
+    dq_ptr += first_row * dq_m + h * HEADDIM
+    diagonal = 0 if UPPER_LEFT else seqlen_k - seqlen_q
+    head = b * nheads + h
+    if mask_ptr is not None:
+        mask_ptr += row * mask_b + h.to(tl.int64) * mask_h
+    if bias_ptr is not None:
+        bias_ptr += row * bias_b + h.to(tl.int64) * bias_h
+    if dbias_ptr is not None:
+        dbias_ptr += row * dbias_b + h.to(tl.int64) * dbias_h
+    slope = None
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + row * slopes_b + h)
+
+    q_tile, q2_tile = load_block(q_ptr, q_m, m0, seqlen_q, BLOCK_M, D, D2, HEADDIM, True)
+    do_tile, do2_tile = load_block(do_ptr, do_m, m0, seqlen_q, BLOCK_M, DV, DV2, HEADDIM_V, True)
+    i = tl.arange(0, BLOCK_M)
+    lse = tl.load(lse_ptr + m0 + i, mask=m0 + i < seqlen_q, other=0.0)
+    delta = tl.load(delta_ptr + m0 + i, mask=m0 + i < seqlen_q, other=0.0)
+    m1 = tl.minimum(m0 + BLOCK_M, seqlen_q)
+    lo, before, whole, after = key_range(m0, m1, diagonal, left, right, seqlen_k, BLOCK_N)
+    if not WHOLE:
+        before, whole, after = before + whole + after, 0, 0
+    if mask_ptr is not None:
+        hidden, before = seen_range(
+            mask_ptr, 0, mask_m, mask_n, m0, lo, 0, BLOCK_N, before, i[:, None], tl.arange(0, BLOCK_N)[None, :],
+            seqlen_q, seqlen_k, 1, MASK_ROWS, MASK_COLS,
+        )  # fmt: skip
+        lo += hidden * BLOCK_N
+    dq, dq2 = zero_block(BLOCK_M, D, D2)
+    if MASKED:
+        dq, dq2 = _dq_walk(
+            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m,
+            mask_ptr, mask_m, mask_n, bias_ptr, bias_m, bias_n, dbias_ptr, dbias_m, slope, philox_ptr, head, m0, lo,
+            before + after, before, whole * BLOCK_N, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap,
+            threshold, upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N,
+            D, D2, DV, DV2, TF32, True, False,
+        )  # fmt: skip
+    if WHOLE:
+        dq, dq2 = _dq_walk(
+            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m,
+            None, mask_m, mask_n, None, bias_m, bias_n, None, dbias_m, slope, philox_ptr, head, m0,
+            lo + before * BLOCK_N, whole, 0, 0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
+            upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV,
+            DV2, TF32, False, False,
+        )  # fmt: skip
+    lost = False
+    if MASKED:
+        lost = any_lost(dq)
+        if D2 > 0:
+            lost = lost | any_lost(dq2)
+    if lost:
+        _dq_again(
+            q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, q_m, k_n, v_n, do_m, dq_m, mask_ptr, mask_m,
+            mask_n, bias_ptr, bias_m, bias_n, slope, philox_ptr, head, m0, m1, seqlen_q, seqlen_k, diagonal, left,
+            right, scale, softcap, threshold, upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V,
+            FOLD, D, D2, DV, DV2, TF32,
+        )  # fmt: skip
+    else:
+        _dq_store(dq, dq2, dq_ptr, dq_m, m0, seqlen_q, scale, HEADDIM, BLOCK_M, D, D2)
