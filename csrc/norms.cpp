@@ -1,5 +1,6 @@
 // The doors of layer_norm and rms_norm. norm_fwd and norm_bwd take tensors that the specification has checked; norm_eager
-// is the short road of small calls: it checks everything itself and returns None when the ordinary road should serve.
+// and norm_bwd_eager are the short road: they check everything themselves, allocate the results and return None when the
+// ordinary road should serve.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
@@ -101,9 +102,24 @@ void norm_bwd(const View& dy, const View& dsum, const View& x, const View& weigh
 
 bool optional_view(const py::handle& object, View* out) { return object.is_none() || try_view(object.ptr(), out); }
 
+// An uninitialised result and its view; false when only the ordinary road can allocate.
+bool new_tensor(int ndim, const int64_t* shape, Dtype dtype, py::object* out, View* view) {
+  *out = py::reinterpret_steal<py::object>(empty_tensor(ndim, shape, dtype));
+  return *out && try_view(out->ptr(), view);
+}
+
+// Is v one float32 per row of x, without gaps?
+bool dense_floats(const View& v, const View& x) {
+  if (v.dtype != Dtype::f32 || v.ndim != x.ndim - 1) return false;
+  int64_t next = 1;
+  for (int i = v.ndim - 1; i >= 0; next *= v.shape[i--])
+    if (v.shape[i] != x.shape[i] || (v.shape[i] != 1 && v.stride[i] != next)) return false;
+  return true;
+}
+
 py::object norm_eager(const py::handle& x_object, const py::handle& weight_object, const py::handle& bias_object,
                       const py::handle& residual_object, bool centred, const py::handle& eps, const py::handle& weight_offset,
-                      const py::handle& rounding, int nthreads) {
+                      const py::handle& rounding, int nthreads, bool saves) {
   View x, weight, bias, residual;
   if (!PyFloat_CheckExact(eps.ptr()) || !PyFloat_CheckExact(weight_offset.ptr()) || !PyUnicode_CheckExact(rounding.ptr()))
     return py::none();
@@ -129,24 +145,74 @@ py::object norm_eager(const py::handle& x_object, const py::handle& weight_objec
   if (!bias_object.is_none() && bias.ndim == 0) return py::none();
   bool added = !residual_object.is_none();
   if (added && (!same_shape(x, residual) || residual.dtype != x.dtype || !unit_rows(residual))) return py::none();
-  auto y = py::reinterpret_steal<py::object>(empty_tensor(x.ndim, x.shape, x.dtype));
-  View y_view, sum_view;
-  if (!y || !try_view(y.ptr(), &y_view)) return py::none();
-  py::object sum;
-  if (added) {
-    sum = py::reinterpret_steal<py::object>(empty_tensor(x.ndim, x.shape, x.dtype));
-    if (!sum || !try_view(sum.ptr(), &sum_view)) return py::none();
-  }
+  py::object y, sum, mean = py::none(), rstd;
+  View y_view, sum_view, mean_view, rstd_view;
+  bool made = new_tensor(x.ndim, x.shape, x.dtype, &y, &y_view) &&
+              (!added || new_tensor(x.ndim, x.shape, x.dtype, &sum, &sum_view)) &&
+              (!saves || new_tensor(x.ndim - 1, x.shape, Dtype::f32, &rstd, &rstd_view)) &&
+              (!saves || !centred || new_tensor(x.ndim - 1, x.shape, Dtype::f32, &mean, &mean_view));
+  if (!made) return py::none();
   p.centred = centred;
   p.residual = rows_of(residual);
   p.weight = weight.data;
   p.bias = bias.data;
   p.y = y_view.data;
   p.sum = sum_view.data;
+  p.mean = mean_view.as<float>();
+  p.rstd = rstd_view.as<float>();
   p.nthreads = nthreads;
   without_gil(p.rows * p.cols, [&] { kernels().norm_fwd(p); });
+  if (saves) return py::make_tuple(std::move(y), added ? std::move(sum) : py::none(), std::move(mean), std::move(rstd));
   if (added) return py::make_tuple(std::move(y), std::move(sum));
   return y;
+}
+
+// dx, dweight, dbias, None where a gradient is not wanted. The statistics are those that the forward saved.
+py::object norm_bwd_eager(const py::handle& dy_object, const py::handle& dsum_object, const py::handle& x_object,
+                          const py::handle& weight_object, const py::handle& bias_object, const py::handle& mean_object,
+                          const py::handle& rstd_object, bool centred, double weight_offset, bool wants_dweight, bool wants_dbias,
+                          int nthreads) {
+  View x, dy, dsum, weight, bias, mean, rstd;
+  if (!try_view(x_object.ptr(), &x) || !try_view(dy_object.ptr(), &dy) || !optional_view(dsum_object, &dsum) ||
+      !optional_view(weight_object, &weight) || !optional_view(bias_object, &bias) || !optional_view(mean_object, &mean) ||
+      !try_view(rstd_object.ptr(), &rstd))
+    return py::none();
+  if (!floating(x.dtype) || !unit_rows(x) || !std::isfinite(weight_offset) || wants_dweight > (weight.ndim > 0) ||
+      wants_dbias > (bias.ndim > 0) || centred == mean_object.is_none())
+    return py::none();
+  NormBwdParams p;
+  set_rows(&p, x);
+  p.weight_dtype = p.dtype;
+  for (const View* v : {&weight, &bias}) {
+    if (v->ndim == 0) continue;
+    if (!vector_of(*v, p.cols) || (v->dtype != x.dtype && v->dtype != Dtype::f32)) return py::none();
+    p.weight_dtype = static_cast<int>(v->dtype);
+  }
+  if (weight.ndim > 0 && bias.ndim > 0 && weight.dtype != bias.dtype) return py::none();
+  if ((weight.ndim == 0 && !weight_object.is_none()) || (bias.ndim == 0 && !bias_object.is_none())) return py::none();
+  auto like_x = [&](const View& v) { return same_shape(x, v) && v.dtype == x.dtype && unit_rows(v); };
+  if (!like_x(dy) || (!dsum_object.is_none() && !like_x(dsum))) return py::none();
+  if (!dense_floats(rstd, x) || (centred && !dense_floats(mean, x))) return py::none();
+  py::object dx, dweight, dbias;
+  View dx_view, dweight_view, dbias_view;
+  bool made = new_tensor(x.ndim, x.shape, x.dtype, &dx, &dx_view) &&
+              (!wants_dweight || new_tensor(1, &p.cols, weight.dtype, &dweight, &dweight_view)) &&
+              (!wants_dbias || new_tensor(1, &p.cols, bias.dtype, &dbias, &dbias_view));
+  if (!made) return py::none();
+  p.centred = centred;
+  p.dy = rows_of(dy);
+  p.dsum = rows_of(dsum);
+  p.weight = weight.data;
+  p.mean = mean.as<float>();
+  p.rstd = rstd.as<float>();
+  p.dx = dx_view.data;
+  p.dweight = dweight_view.data;
+  p.dbias = dbias_view.data;
+  p.weight_offset = static_cast<float>(weight_offset);
+  p.nthreads = nthreads;
+  without_gil(p.rows * p.cols, [&] { kernels().norm_bwd(p); });
+  return py::make_tuple(std::move(dx), wants_dweight ? std::move(dweight) : py::none(),
+                        wants_dbias ? std::move(dbias) : py::none());
 }
 
 }  // namespace
@@ -154,7 +220,9 @@ py::object norm_eager(const py::handle& x_object, const py::handle& weight_objec
 void bind_norms(py::module_& m) {
   m.def("norm_fwd", &norm_fwd);
   m.def("norm_bwd", &norm_bwd);
-  m.def("norm_eager", &norm_eager);
+  m.def("norm_eager", &norm_eager, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+        py::arg(), py::arg("saves") = false);
+  m.def("norm_bwd_eager", &norm_bwd_eager);
 }
 
 }  // namespace fastattn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -196,3 +197,14 @@ def test_host_cost_with_gradients(driver, name, capsys):
     launched = driver.later
     _costs_at_most(capsys, f"{name} backward", lambda: torch.autograd.grad(outs, inputs, ones, retain_graph=True), 75)
     assert driver.later > launched
+
+
+@pytest.mark.parametrize("version", ["3.2.0", "3.10.1+git1"])
+def test_a_triton_older_than_the_kernels_is_refused_by_name(version, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", {"triton": version}.__getitem__)
+    launch._too_old.cache_clear()
+    try:
+        found = [text for text in launch.objections("cuda") if "newer" in text]
+    finally:
+        launch._too_old.cache_clear()
+    assert found == (["triton 3.6 or newer, got 3.2.0"] if version == "3.2.0" else [])

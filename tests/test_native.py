@@ -170,6 +170,51 @@ def test_what_the_short_road_does_not_know():
         assert door(x, None, None, None, True, *options) is None, options
 
 
+def test_what_the_short_road_back_does_not_know():
+    x, statistic, door = torch.randn(3, 8), torch.ones(3), module.norm_bwd_eager
+    known = (x, None, x, torch.ones(8), torch.ones(8), statistic, statistic)
+    rest = (True, 0.0, True, True, 1)
+    assert [t.shape for t in door(*known, *rest)] == [(3, 8), (8,), (8,)]
+    for i, wrong in (
+        *((0, t) for t in (None, x.half(), x[:2], x.t().contiguous().t(), x.to("meta"))),
+        *((1, t) for t in (x.half(), x[:2])),
+        *((2, t) for t in (None, x.double())),
+        *((3, t) for t in (None, torch.ones(7), torch.ones(8).half(), torch.tensor(1.0))),
+        *((4, t) for t in (None, torch.ones(8).bfloat16())),
+        *((i, t) for i in (5, 6) for t in (None, torch.ones(4), torch.ones(6)[::2], statistic.half())),
+    ):
+        assert door(*known[:i], wrong, *known[i + 1 :], *rest) is None, (i, wrong)
+    assert door(*known, False, *rest[1:]) is None  # a mean without a layer norm
+    assert door(*known, True, float("nan"), *rest[2:]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7,), (5, 40), (2, 3, 40)])
+@pytest.mark.parametrize("added", [False, True])
+def test_gradients_of_the_short_road_are_those_of_the_ordinary_one(dtype, shape, added):
+    x, residual, dy, dsum = (torch.randn(shape, dtype=dtype) for _ in range(4))
+    weight, bias = torch.randn(shape[-1]), torch.randn(shape[-1])
+
+    def gradients(norm, *vectors, **options):
+        leaves = [t.detach().requires_grad_() for t in ((x, residual) if added else (x,)) + vectors]
+        given = {"residual": leaves[1]} if added else {}
+        found = norm(leaves[0], *leaves[1 + added :], **given, **options)
+        return torch.autograd.grad(found, leaves, (dy, dsum) if added else dy)
+
+    for norm, vectors, options in (
+        (layer_norm, (weight, bias), {}),
+        (layer_norm, (weight,), {"eps": 0.1}),
+        (rms_norm, (weight,), {"weight_offset": 0.5}),
+        (rms_norm, (weight,), {"rounding": "gemma"}),
+        (rms_norm, (), {}),
+    ):
+        short = gradients(norm, *vectors, **options)
+        with fastattn.use_backend("cpu"):
+            ordinary = gradients(norm, *vectors, **options)
+        for ours, theirs in zip(short, ordinary, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_poisoned_outputs_are_overwritten():
     """The fixture of every test fills native outputs with NaN first."""
     y = module.empty([4, 5], 0, [5, 1])

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn.ops import _alloc, _check
+from fastattn.ops import _alloc, _check, _eager
 from fastattn.runtime import cuda, launch, native
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -170,6 +170,49 @@ def cpu_backward(
         *(mean is not None, weight_offset, torch.get_num_threads()),
     )
     return dx, dweight, dbias
+
+
+def short_forward(
+    notes: Any,
+    backend: str | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    *,
+    centred: bool,
+    weight_offset: float = 0.0,
+    rounding: str = "last",
+) -> tuple[Any, ...] | None:
+    """`cpu_forward` by one native call that checks everything itself, or None. Then notes.spec is None, not a specification."""
+    if notes is None or backend is not None or not x.is_cpu or not _eager.unforced():
+        return None
+    found = _eager.door.norm_eager(
+        *(x, weight, bias, residual, centred, eps, weight_offset, rounding, torch.get_num_threads()), saves=True
+    )
+    if found is not None:
+        notes.spec = None
+    return found
+
+
+def short_backward(
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    wants_dweight: bool,
+    wants_dbias: bool,
+    weight_offset: float = 0.0,
+) -> tuple[Any, ...] | None:
+    """`cpu_backward` behind a `short_forward`, or None."""
+    return _eager.door.norm_bwd_eager(
+        *(dy, dsum, x, weight, bias, mean, rstd, mean is not None, weight_offset),
+        *(wants_dweight, wants_dbias, torch.get_num_threads()),
+    )
 
 
 class Rows(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ Tensor = torch.Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "yes", "on", "y")
 _INSTALLED = importlib.util.find_spec("triton") is not None
+_OLDEST = (3, 6)
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,23 @@ def objections(device: str) -> list[str]:
     """Why Triton kernels cannot serve tensors on `device` ("cpu", "cuda"); empty when they can."""
     found = [] if _INSTALLED else ["the package triton is not installed"]
     if device == "cuda":
-        found += gpu.objections()
+        found += gpu.objections() + _too_old()
     elif device != "cpu":
         found.append(f"device cuda, got {device}")
     elif not INTERPRETED and _recording is None:
         found.append("device cuda, got cpu (with TRITON_INTERPRET=1 Triton's interpreter runs the kernels, slowly)")
     return found
+
+
+@functools.cache
+def _too_old() -> list[str]:
+    """Says so of a Triton older than the kernels were written for; one whose version nobody can tell is tried."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    numbers = tuple(int(n) for n in version.split(".")[:2])
+    return [] if numbers >= _OLDEST else [f"triton {_OLDEST[0]}.{_OLDEST[1]} or newer, got {version}"]
 
 
 def arch(device: torch.device) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from fastattn.ops._dispatch import choose
-from fastattn.ops._norm import unit_last
+from fastattn.ops._norm import short_backward, short_forward, unit_last
 from fastattn.ops._op import Op, plain, wants_gradient
 from fastattn.ops.layer_norm.backends import BACKENDS
 from fastattn.ops.layer_norm.spec import check_layer_norm
 
 
 def _forward(x, weight, bias, residual, eps, backend, notes=None):
+    if found := short_forward(notes, backend, x, weight, bias, residual, eps, centred=True):
+        return found
     spec = check_layer_norm(x, weight, bias, residual, eps)
     if notes is not None:
         notes.spec = spec
@@ -41,8 +43,10 @@ def _backward(ctx, dy, dsum, _mean, _rstd):
         unit_last(dy), unit_last(dsum), x, weight, bias, mean, rstd, ctx.eps, wants_gradient(ctx, 1),
         wants_gradient(ctx, 2), ctx.backend,
     )  # fmt: skip
-    direct = plain(ctx, dy, dsum, x, weight, bias, mean, rstd)
-    dx, dweight, dbias = _compute_gradients(ctx.spec, *args) if direct else layer_norm_bwd(*args)
+    found = None
+    if plain(ctx, dy, dsum, x, weight, bias, mean, rstd):
+        found = short_backward(*args[:7], *args[8:10]) if ctx.spec is None else _compute_gradients(ctx.spec, *args)
+    dx, dweight, dbias = found or layer_norm_bwd(*args)
     return dx, dweight, dbias, dx if ctx.added else None, None, None
 
 

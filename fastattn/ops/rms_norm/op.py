@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 
 from fastattn.ops._dispatch import choose
-from fastattn.ops._norm import unit_last
+from fastattn.ops._norm import short_backward, short_forward, unit_last
 from fastattn.ops._op import Op, plain, wants_gradient
 from fastattn.ops.rms_norm.backends import BACKENDS
 from fastattn.ops.rms_norm.spec import check_rms_norm
 
 
 def _forward(x, weight, residual, eps, weight_offset, rounding, backend, notes=None):
+    options = {"centred": False, "weight_offset": weight_offset, "rounding": rounding}
+    if found := short_forward(notes, backend, x, weight, None, residual, eps, **options):
+        y, total, _, rstd = found
+        return y, total, rstd
     spec = check_rms_norm(x, weight, residual, eps, weight_offset, rounding)
     if notes is not None:
         notes.spec = spec
@@ -41,8 +45,13 @@ def _backward(ctx, dy, dsum, _rstd):
         unit_last(dy), unit_last(dsum), x, weight, rstd, ctx.eps, ctx.weight_offset, ctx.rounding, wants_gradient(ctx, 1),
         ctx.backend,
     )  # fmt: skip
-    direct = plain(ctx, dy, dsum, x, weight, rstd)
-    dx, dweight = _compute_gradients(ctx.spec, *args) if direct else rms_norm_bwd(*args)
+    found = None
+    if plain(ctx, dy, dsum, x, weight, rstd):
+        if ctx.spec is not None:
+            found = _compute_gradients(ctx.spec, *args)
+        elif short := short_backward(*args[:4], None, None, rstd, args[8], False, ctx.weight_offset):
+            found = short[:2]
+    dx, dweight = found or rms_norm_bwd(*args)
     return dx, dweight, dx if ctx.added else None, *options
 
 
