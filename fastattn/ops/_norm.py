@@ -197,7 +197,7 @@ def short_forward(
 
 
 def short_backward(
-    dy: torch.Tensor,
+    dy: torch.Tensor | None,
     dsum: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor | None,
