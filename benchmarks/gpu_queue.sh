@@ -18,7 +18,7 @@
 #
 # Each part writes OUTDIR/<part>.log and exits with its own status. `build` must have run once on the machine; where it
 # reaches no package index, the folder WHEELS (default .whl) holds what is missing there: pytest, pytest-xdist, hypothesis,
-# expecttest, pybind11 and what they need. A test that hangs the GPU is ended after a minute and the others go on, if
+# expecttest, pybind11 and what they need. A test that hangs the GPU is ended after two minutes and the others go on, if
 # pytest is 9 or newer and pytest-xdist there.
 set -euo pipefail
 part=${1:?a part, as the head of this script lists them}
@@ -45,7 +45,7 @@ tests() {
   local processes=()
   "$python" -c "import xdist" 2>/dev/null && processes=(-n 4 --dist worksteal)
   timeout 580 "$python" -m pytest -q --maxfail=25 "${processes[@]}" \
-    -o faulthandler_timeout=60 -o faulthandler_exit_on_timeout=true "$@"
+    -o faulthandler_timeout=120 -o faulthandler_exit_on_timeout=true "$@"
 }
 
 sanitize() {
