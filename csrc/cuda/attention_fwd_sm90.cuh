@@ -38,8 +38,7 @@ constexpr u32 kLazy = 4;        // o is rescaled only when a maximum grew by 2^8
 constexpr u32 kPolynomial = 8;  // a quarter of the exponentials on the FMA pipes
 constexpr u32 kDynamic = 16;    // work is handed out by a counter
 constexpr u32 kApart = 32;      // o is staged in its own memory, not in q's, so that the next q can come early
-constexpr u32 kMulticast =
-    64;  // two blocks that need the same k and v run as a cluster, and each loads half of every tile for both
+constexpr u32 kMulticast = 64;  // two blocks of a cluster need the same k and v, and each loads half of every tile for both
 // What a specialisation can do beyond scale, band, packed sequences and sinks.
 constexpr u32 kGeneral = 1;  // softcap, ALiBi, or a scale that is not positive: scores are finished before the maximum
 constexpr u32 kMask = 2;
