@@ -21,7 +21,8 @@ def law(ours: Results, plain: Results, truth: Results) -> tuple[float, str]:
     Logits are judged by their maximum and RMS. The loss may err by twice the logits' RMS error, which bounds it. Each
     gradient's RMS error is judged relative to its size, by plain's error of that gradient or of all of them together,
     whichever is larger: a few numbers are lucky in one program or the other. Last bits are always allowed. A bias whose
-    gradient is a sum that cancels to zero (of the keys' projection) is as large as its weight's gradient there.
+    gradient is a sum that cancels to zero (of the keys' projection), or that has few numbers (a router's, which a softmax
+    makes cancel), is as large as its weight's gradient there: both are sums of the same terms.
     """
     if ours.keys() != truth.keys():
         return float("inf"), f"gradients of {sorted(ours.keys() ^ truth.keys())[:3]} on one side only"
@@ -54,7 +55,8 @@ def law(ours: Results, plain: Results, truth: Results) -> tuple[float, str]:
 
 def _size(name: str, truth: Results) -> float:
     own, weight = _rms(truth[name]), truth.get(name.removesuffix("bias") + "weight")
-    return own if weight is None else own if own > 1e-6 * _rms(weight) else _rms(weight)
+    cancels = weight is not None and (own <= 1e-6 * _rms(weight) or truth[name].numel() < FEW)
+    return max(own, _rms(weight)) if weight is not None and cancels else own
 
 
 def _rms(x: Tensor) -> float:
