@@ -150,6 +150,12 @@ def test_packed_sequences_hold_the_law(options, launched):
     holds(tensors, launched, **cu, **options)
 
 
+def test_packed_sequences_of_wide_heads_walk_the_list_that_was_dealt(launched):
+    tensors = {name: t[0] for name, t in qkv(70 + 1 + 20, 30 + 5 + 90, headdim=256).items()}
+    holds(tensors, launched, cu_seqlens_q=_packed(70, 0, 1, 20), cu_seqlens_k=_packed(30, 5, 0, 90), causal=True)
+    assert not any("kDynamic" in name for name in launched)
+
+
 def row(ways: str, block_m: int = 128, block_n: int = 64, stages: int = 2, headdim: int = 64) -> tuning_sm90.Row:
     return tuning_sm90.Row(headdim, headdim, "dense", block_m, block_n, stages, frozenset(ways.split()), "under test")
 

@@ -147,9 +147,11 @@ def row_of(spec: Any) -> Row:
         return _trial
     row = find(spec.headdim, spec.headdim_v, kind_of(spec))
     if spec.packed:  # lengths that the host does not know
-        # the counter's ring takes registers, of which three consumers have few
+        # the counter's ring takes registers, of which three consumers have few, and two with 256 columns of o none: those
+        # walk the list as it was dealt
         narrower = 32 if row.BLOCK_M == 192 else 0
-        return row._replace(BLOCK_N=row.BLOCK_N - narrower, ways=row.ways - {"multicast"} | {"dynamic"})
+        order = {"dynamic"} if row.headdim_v < 256 else set()
+        return row._replace(BLOCK_N=row.BLOCK_N - narrower, ways=row.ways - {"multicast"} | order)
     return row
 
 
