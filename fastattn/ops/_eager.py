@@ -4,7 +4,8 @@ A decoding step calls norms and RoPE hundreds of times on one token, where the o
 a backend, Op) costs more than the arithmetic. The rooms of `layer_norm`, `rms_norm` and `rope` therefore ask `plain`
 first; when it says yes they call their `*_eager` door, which answers None to anything that it does not know by heart.
 Then, and for every call that is not plain, the ordinary road serves the call or raises the error in the user's words.
-Both roads end in the same kernel, so they cannot disagree.
+Both roads end in the same kernel, so they cannot disagree. Norms that want gradients go the short road inside their Op:
+`_norm.short_forward` and `short_backward`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Op:
     backward    `backward(ctx, *grads)` returns one gradient (or None) per argument; a missing grad arrives as None
     flops       `flops(*input_shapes_and_scalars, out_shape=...)` for torch.utils.flop_counter
     notes       on the direct road `forward` may get the ctx as one argument more, and leave its specification there as
-                `ctx.spec`, for a backward that asks `plain`
+                `ctx.spec` (None: a native call checked it all), for a backward that asks `plain`
     """
 
     def __init__(
