@@ -19,15 +19,24 @@ size_t param_bytes = 0;
 thread_local std::vector<CUcontext> contexts;
 thread_local CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
-void note(const char* format, ...) {
-  if (silent) return;
-  char line[512];
+// One whole line under one lock: threads launch at the same time.
+void note_line(const std::string& line) {
+  std::lock_guard<std::mutex> lock(guard);
+  notes += line + "\n";
+}
+
+std::string text_of(const char* format, ...) {
+  char text[512];
   va_list arguments;
   va_start(arguments, format);
-  std::vsnprintf(line, sizeof(line), format, arguments);
+  std::vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
-  std::lock_guard<std::mutex> lock(guard);
-  notes += line;
+  return text;
+}
+
+template <class... T>
+void note(const char* format, T... values) {
+  if (!silent) note_line(text_of(format, values...));
 }
 
 std::string hex(const void* data, size_t bytes) {
@@ -109,7 +118,7 @@ CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned count,
                          "ELF",
                          4) == 0,
        ptx = std::strstr(static_cast<const char*>(image), ".target") != nullptr;
-  note("load context=%ld relaxed=%d %s\n", current(), capture_mode == CU_STREAM_CAPTURE_MODE_RELAXED, elf ? "cubin" : "ptx");
+  note("load context=%ld relaxed=%d %s", current(), capture_mode == CU_STREAM_CAPTURE_MODE_RELAXED, elf ? "cubin" : "ptx");
   *module = reinterpret_cast<CUmodule>(1);
   if (elf || ptx) return CUDA_SUCCESS;
   for (unsigned i = 0; i < count; ++i)
@@ -118,7 +127,7 @@ CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned count,
 }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
   if (CUresult failed = needs_context()) return failed;
-  note("function %s\n", name);
+  note("function %s", name);
   *function = reinterpret_cast<CUfunction>(77);
   return std::strstr(name, "absent") ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
 }
@@ -127,7 +136,7 @@ CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute attribute, int valu
   const char* name = attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES       ? "shared"
                      : attribute == CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED ? "wide_clusters"
                                                                                         : "unexpected";
-  note("attribute %s=%d\n", name, value);
+  note("attribute %s=%d", name, value);
   return value <= 227 << 10 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** params, void** extra) {
@@ -135,12 +144,12 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction function, void** p
   if (silent) return CUDA_SUCCESS;
   unsigned cluster =
       c->numAttrs == 1 && c->attrs[0].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION ? c->attrs[0].value.clusterDim.x : 1;
-  note("launch context=%ld stream=%ld function=%ld extra=%d grid=%u,%u,%u block=%u,%u,%u shared=%u cluster=%u ", current(),
-       reinterpret_cast<long>(c->hStream), reinterpret_cast<long>(function), extra != nullptr, c->gridDimX, c->gridDimY,
-       c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ, c->sharedMemBytes, cluster);
-  std::lock_guard<std::mutex> lock(guard);
-  notes += "aligned=" + std::to_string(reinterpret_cast<uintptr_t>(params[0]) % 64 == 0);
-  notes += " params=" + hex(params[0], param_bytes) + "\n";
+  note_line(
+      text_of("launch context=%ld stream=%ld function=%ld extra=%d grid=%u,%u,%u block=%u,%u,%u shared=%u cluster=%u aligned=%d",
+              current(), reinterpret_cast<long>(c->hStream), reinterpret_cast<long>(function), extra != nullptr, c->gridDimX,
+              c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ, c->sharedMemBytes, cluster,
+              reinterpret_cast<uintptr_t>(params[0]) % 64 == 0) +
+      " params=" + hex(params[0], param_bytes));
   return c->gridDimY == 13 ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* sizes,
@@ -155,7 +164,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
   for (unsigned i = 0; i + 1 < rank; ++i) text += std::to_string(strides[i]) + ",";
   text += " box=";
   for (unsigned i = 0; i < rank; ++i) text += std::to_string(box[i]) + ":" + std::to_string(steps[i]) + ",";
-  note("%s interleave=%d swizzle=%d promotion=%d fill=%d\n", text.c_str(), interleave, swizzle, promotion, fill);
+  note("%s interleave=%d swizzle=%d promotion=%d fill=%d", text.c_str(), interleave, swizzle, promotion, fill);
   std::memset(map, 0x5a, sizeof(CUtensorMap));
   map->opaque[0] = reinterpret_cast<uintptr_t>(address);
   return CUDA_SUCCESS;
