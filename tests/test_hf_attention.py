@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging
@@ -62,6 +64,63 @@ def test_without_a_mask_the_module_decides():
     close(fastattn_attention(Encoder(), *x, None)[0], plain(*x))
     close(fastattn_attention(torch.nn.Module(), *x, None)[0], plain(*x, causal=True))
     close(fastattn_attention(Decoder(), *x, None, is_causal=False)[0], plain(*x))
+    x = qkv(3, 7)  # cross-attention that says nothing (Mllama)
+    close(fastattn_attention(torch.nn.Module(), *x, None)[0], plain(*x))
+
+
+def _small(name: str, **sizes: Any) -> torch.nn.Module:
+    """A causal model of a family that is not in the table."""
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=models.VOCABULARY, pad_token_id=0, num_hidden_layers=3, num_attention_heads=4, hidden_size=64,
+        intermediate_size=96, max_position_embeddings=64, **sizes,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    return models.spread(getattr(transformers, f"{name}ForCausalLM")(config)).eval()
+
+
+def _agrees(model: Any, given: dict[str, Tensor]) -> None:
+    tokens = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    with torch.no_grad():
+        eager = model(**given, use_cache=False).logits[tokens]
+        report = fastattn.hf.patch(model)
+        ours = model(**given, use_cache=False).logits[tokens]
+    assert report.replaced("attention") > 0
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4 * float(eager.abs().max()))
+
+
+PADDINGS = ("none", "left", "right")
+
+
+def _tokens(padding: str) -> dict[str, Tensor]:
+    given = models.inputs(BY_NAME["BERT"], padding)
+    return {k: v for k, v in given.items() if k in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_a_decoder_that_says_it_is_not_causal(padding: str):
+    """BigBird-Pegasus' modules do; its mask function knows better."""
+    sizes = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96}
+    _agrees(_small("BigBirdPegasus", **sizes), _tokens(padding))
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_models_that_edit_additive_masks_get_those(padding: str):
+    """DeepSeek-V4 appends columns of 0 and -inf; a boolean mask would turn them into their opposite."""
+    if not hasattr(transformers, "DeepseekV4Config"):
+        pytest.skip("this transformers has no DeepSeek-V4")
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+    model: Any = _small("DeepseekV4", head_dim=16, q_lora_rank=24, sliding_window=9, **experts)
+    model.set_experts_implementation("eager")
+    _agrees(model, _tokens(padding))
+
+
+def test_which_models_get_additive_masks():
+    from fastattn.hf.masks import _wants_additive_masks
+
+    importlib.import_module("transformers.models.bigbird_pegasus.modeling_bigbird_pegasus")
+    for name, wants in (("Llama", False), ("Gemma2", False), ("GptOss", False), ("BigBirdPegasus", True)):
+        assert _wants_additive_masks(getattr(transformers, f"{name}Config")) == wants
 
 
 def test_one_query_sees_every_key():

@@ -49,7 +49,7 @@ def test_real_weights_embed_the_same():
 def test_every_family_of_the_issue_is_there():
     wanted = ["GPT-2", "BERT", "RoBERTa", "DistilBERT", "T5", "BART", "Qwen3", "Mistral", "GPT-OSS", "Whisper", "ViT"]
     wanted += ["Llama 2", "Llama 3", "Llama + LoRA", "Gemma 2", "Gemma 3", "DeepSeek-V2", "DeepSeek-V3"]
-    assert set(wanted) == set(BY_NAME)
+    assert set(wanted) <= set(BY_NAME) and len(BY_NAME) == len(models.FAMILIES)
 
 
 def test_checkpointing_really_computes_twice(monkeypatch: pytest.MonkeyPatch):

@@ -191,6 +191,24 @@ class MeanNorm(Llama):
         return self.weight * (centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+class HeadsNorm(Llama):
+    """Normalises heads, and takes nothing else (xLSTM)."""
+
+    def forward(self, x):
+        _batch, _rows, _heads, _columns = x.shape
+        return super().forward(x)
+
+
+class WeightlessNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-6
+        self.register_buffer("weight", torch.full((7,), 3.0))
+
+    def forward(self, x):
+        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+
 class OtherEpsNorm(Llama):
     """Its eps is not the one it shows."""
 
@@ -241,6 +259,7 @@ def test_nearly_all_bits_of_a_norm_in_bf16_are_the_modules_own(module: nn.Module
         (GatedNorm(), "takes 2 arguments"),
         (nn.utils.parametrizations.weight_norm(LlamaNorm(), dim=None), "has modules inside"),
         (nn.RMSNorm(16), "eps must be a float"),
+        (HeadsNorm(), "fit none of the formulas"),
         (nn.BatchNorm1d(16), "has parameters besides one weight"),
         (nn.LayerNorm((4, 8)), "normalises 2 axes"),
         (type("MyLayerNorm", (nn.LayerNorm,), {"forward": lambda self, x: x})(8), "a forward of its own"),
@@ -255,6 +274,15 @@ def test_torch_rms_norm_and_modules_that_are_no_norms():
     found = norms.replacement(nn.RMSNorm(48, eps=1e-6))
     assert found is not None and found[1] == 'fastattn.rms_norm, rounding="last"'
     assert norms.replacement(nn.Linear(4, 4)) is None and norms.replacement(nn.Sequential()) is None
+
+
+def test_norms_without_a_parameter():
+    """Their width is the module's own, and a buffer called weight takes no part (FalconMamba)."""
+    x = torch.randn(3, 24)
+    for module in (nn.RMSNorm(24, eps=1e-6, elementwise_affine=False), WeightlessNorm()):
+        found = norms.replacement(module)
+        assert found is not None and found[0] is not None
+        torch.testing.assert_close(found[0](x), module(x))
 
 
 def test_mixed_dtypes_run_the_models_own_forward():
@@ -353,6 +381,14 @@ def test_tables_with_different_halves_keep_the_models_rope():
     assert (
         report.replaced("rope") == 0 and "halves of the tables of OddRotaryEmbedding differ" in report.kept()[0].detail
     )
+
+    class FailingRotaryEmbedding(nn.Module):
+        def forward(self, x, position_ids):
+            raise KeyError("full_attention")
+
+    model.model.rotary_emb = FailingRotaryEmbedding()
+    fastattn.hf.unpatch(model)
+    assert "could not be checked (KeyError" in fastattn.hf.patch(model).kept()[0].detail
     model.model.rotary_emb = nn.Identity()
     fastattn.hf.unpatch(model)
     report = fastattn.hf.patch(model)

@@ -58,8 +58,9 @@ def fastattn_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What a transformers model calls: [batch, nheads, seqlen, headdim] in, [batch, seqlen, nheads, headdim_v] out.
 
-    attention_mask  None: the module's own causality; a CompactMask; [batch, seqlen_k] 0/1 padding; or the user's
-                    4-D mask, boolean (True = may attend) or floating (added to the scores), taken as it is
+    attention_mask  None: the module's own causality (one that does not say is causal, unless its keys are more than its
+                    queries); a CompactMask; [batch, seqlen_k] 0/1 padding; or the user's 4-D mask, boolean (True = may
+                    attend) or floating (added to the scores), taken as it is
     position_bias   [1 or batch, nheads, seqlen_q, seqlen_k] added to the scores, with gradient (T5)
     s_aux           [nheads] sink logits, with gradient (GPT-OSS)
     position_ids, cu_seq_lens_q, cu_seq_lens_k: packed sequences that the mask says nothing of
@@ -72,7 +73,7 @@ def fastattn_attention(
         if kwargs.get(name) is not None:
             raise fastattn.UnsupportedError(f"fastattn.hf: {name} must be None, got a value ({meaning})")
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        is_causal = getattr(module, "is_causal", query.shape[2] == key.shape[2])
     q, k, v = (_unit_last_stride(x.transpose(1, 2)) for x in (query, key, value))
     options: dict[str, Any] = {"scale": _own_scale(module, q) if scaling is None else scaling, "softcap": softcap}
     packed = None

@@ -60,6 +60,8 @@ class CompactMask(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0].copy()
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype", torch.bool) == torch.bool:
+            return args[0].copy((kwargs or {}).get("device"))
         args, kwargs = tree_map_only(CompactMask, CompactMask.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -73,9 +75,14 @@ class CompactMask(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactMask:
         return self.copy()
 
-    def copy(self) -> CompactMask:
+    def copy(self, device: Any = None) -> CompactMask:
+        """One of its own, on that device or the same."""
+        device = self.device if device is None else torch.device(device)
+        segments = self.pattern.segments
+        pattern = self.pattern._replace(segments=None if segments is None else segments.to(device))
+        padding = None if self.padding is None else self.padding.to(device)
         batch, _, seqlen_q, seqlen_k = self.shape
-        return CompactMask(batch, seqlen_q, seqlen_k, self.pattern, self.shift, self.padding, self.device)
+        return CompactMask(batch, seqlen_q, seqlen_k, pattern, self.shift, padding, device)
 
     def dense(self) -> Tensor:
         """The plain boolean tensor [batch, 1, seqlen_q, seqlen_k]."""

@@ -7,14 +7,16 @@ graph is being traced, its own `sdpa_mask` builds the full boolean matrix.
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
 import torch
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from fastattn.hf.compact import CompactMask, Pattern
 
@@ -35,14 +37,17 @@ def fastattn_mask(
     device: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of one forward pass: None (nothing but the module's own causality), a CompactMask or a boolean tensor.
+    """The mask of one forward pass: a CompactMask, None (one query that sees every key) or a dense tensor.
+
+    None would stand for a causal or a full mask too, but then the attention module must say which, and not every module
+    tells the truth (BigBird-Pegasus' decoder says that it is not causal). While a graph is traced it has to.
 
     batch_size, kv_length      sizes of the mask, as transformers passes them, by name
     q_length, q_offset         queries and the position of the first; before transformers 5.4 `cache_position` says both
     attention_mask             [batch, tokens] bool, True = a token; or None
-    allow_is_causal_skip, ...  whether None may stand for a causal or a full mask
+    allow_is_causal_skip, ...  whether None may be returned
 
-    Returns [batch, 1, seqlen_q, seqlen_k], True = may attend.
+    Returns [batch, 1, seqlen_q, seqlen_k], True = may attend; additive for models that understand nothing else.
     """
     given: dict[str, Any] = {
         "batch_size": batch_size, "kv_length": kv_length, "kv_offset": kv_offset, "mask_function": mask_function,
@@ -56,6 +61,9 @@ def fastattn_mask(
         given |= {"q_length": q_length, "q_offset": q_offset}
         if device is not None:
             given["device"] = device
+    config = kwargs.get("config")
+    if config is not None and _wants_additive_masks(config.__class__):
+        return masking_utils.eager_mask(**given)
     pattern = None if _tracing(attention_mask, q_offset) else describe(mask_function)
     if pattern is None:
         return masking_utils.sdpa_mask(**given)
@@ -70,10 +78,27 @@ def fastattn_mask(
     if padding is not None or pattern.segments is not None:
         return mask
     everything = pattern.left is None and pattern.right is None
-    square_causal = pattern.left is None and pattern.right == 0 and shift == 0 and q_length == kv_length
-    if everything and (allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)):
-        return None
-    return None if square_causal and allow_is_causal_skip else mask
+    return None if everything and q_length == 1 else mask
+
+
+@functools.cache
+@torch.compiler.assume_constant_result
+def _wants_additive_masks(config: type) -> bool:
+    """This config's models were never made to run on SDPA, so know no boolean masks, and do more than to hand them on:
+    an attention module appends columns of 0 and -inf (DeepSeek-V4) or adds the mask itself (BigBird-Pegasus' encoder).
+    """
+    here = sys.modules.get(config.__module__.replace("configuration_", "modeling_"))
+    classes = [c for c in vars(here).values() if isinstance(c, type) and c.__module__ == here.__name__] if here else []
+    if any(issubclass(c, PreTrainedModel) and c._supports_sdpa for c in classes):
+        return False
+    forwards = [getattr(getattr(c, "forward", None), "__code__", None) for c in classes if "Attention" in c.__name__]
+    return any(_uses_its_mask(forward) for forward in forwards if forward is not None)
+
+
+def _uses_its_mask(forward: CodeType) -> bool:
+    written = {i.argval for i in dis.get_instructions(forward) if i.opname.startswith("STORE_FAST")}
+    given = "attention_mask" in forward.co_varnames
+    return given and ("attention_mask" in written or "ALL_ATTENTION_FUNCTIONS" not in forward.co_names)
 
 
 def describe(mask_function: Callable[..., Any]) -> Pattern | None:

@@ -79,6 +79,10 @@ _LATENT = {
     "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32,
     "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+_VISION = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+_TOWER = _VISION | {"intermediate_size": 96}
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
@@ -183,6 +187,62 @@ FAMILIES: tuple[Family, ...] = (
         "decoder",
         packed=True,
     ),
+    Family("Qwen2", _model("Qwen2ForCausalLM", "Qwen2Config", **_DECODER), "decoder", True),
+    Family(
+        "Phi-3",
+        _model("Phi3ForCausalLM", "Phi3Config", **_DECODER, sliding_window=9, resid_pdrop=0.0, embd_pdrop=0.0),
+        "decoder",
+        packed=True,
+    ),
+    Family("OLMo 2", _model("Olmo2ForCausalLM", "Olmo2Config", **_DECODER), "decoder", True),
+    Family(
+        "Granite",
+        _model("GraniteForCausalLM", "GraniteConfig", **_DECODER, attention_multiplier=0.2, logits_scaling=2.0),
+        "decoder",
+        packed=True,
+    ),
+    Family("StableLM", _model("StableLmForCausalLM", "StableLmConfig", **_DECODER, hidden_dropout=0.0), "decoder", True),
+    Family(
+        "GPT-NeoX (Pythia)",
+        _model("GPTNeoXForCausalLM", "GPTNeoXConfig", **_DECODER, rotary_pct=0.25, hidden_dropout=0.0),
+        "decoder",
+        packed=True,
+    ),
+    Family("Cohere", _model("CohereForCausalLM", "CohereConfig", **_DECODER), "decoder", True),
+    Family("SmolLM3", _model("SmolLM3ForCausalLM", "SmolLM3Config", **_DECODER, no_rope_layers=[1, 0]), "decoder", True),
+    Family(
+        "Mixtral",
+        _model("MixtralForCausalLM", "MixtralConfig", **_DECODER, num_local_experts=4, num_experts_per_tok=4),
+        "decoder",
+        packed=True,
+    ),
+    Family(
+        "Llama 4",
+        _model(
+            "Llama4ForCausalLM", "Llama4TextConfig", **_DECODER, head_dim=16, attention_chunk_size=9,
+            intermediate_size_mlp=96, num_local_experts=2, num_experts_per_tok=2, no_rope_layers=[1, 0],
+        ),
+        "decoder",
+        packed=True,
+    ),
+    Family(
+        "OPT",
+        _model(
+            "OPTForCausalLM", "OPTConfig", **_TOKENS, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, dropout=0.0, attention_dropout=0.0,
+        ),
+        "decoder",
+    ),
+    Family(
+        "ModernBERT",
+        _model(
+            "ModernBertForMaskedLM", "ModernBertConfig", **_TOKENS, hidden_size=64, intermediate_size=96,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, local_attention=8,
+            global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2,
+        ),
+        "encoder",
+    ),
+    Family("ELECTRA", _model("ElectraForMaskedLM", "ElectraConfig", **_ENCODER, embedding_size=32), "encoder"),
     Family(
         "Whisper",
         _model(
@@ -203,6 +263,13 @@ FAMILIES: tuple[Family, ...] = (
         ),
         "image",
     ),
+    Family(
+        "DINOv2",
+        _model("Dinov2ForImageClassification", "Dinov2Config", **_VISION, mlp_ratio=2, num_labels=5),
+        "image",
+    ),
+    Family("CLIP", _model("CLIPForImageClassification", "CLIPConfig", vision_config=_TOWER, num_labels=5), "image"),
+    Family("SigLIP", _model("SiglipForImageClassification", "SiglipConfig", vision_config=_TOWER, num_labels=5), "image"),
 )  # fmt: skip
 
 SEQLEN = 23

@@ -43,13 +43,13 @@ def replacement(module: nn.Module) -> tuple[Callable[..., Any] | None, str] | No
     rounding = recognise(module, weight, eps)
     if rounding is None:
         return None, "its results fit none of the formulas " + ", ".join(ROUNDINGS)
-    forward = functools.partial(rms_norm_forward, module, eps=eps, rounding=rounding)
+    forward = functools.partial(rms_norm_forward, module, eps=eps, rounding=rounding, weighted=weight is not None)
     return forward, f'fastattn.rms_norm, rounding="{rounding}"'
 
 
 def recognise(module: nn.Module, weight: Tensor | None, eps: float) -> str | None:
     """The `rounding` of `fastattn.rms_norm` that gives this module's numbers in float32 and in bfloat16."""
-    columns = 64 if weight is None else weight.shape[0]
+    columns = getattr(module, "normalized_shape", (64,))[-1] if weight is None else weight.shape[0]
     device = torch.device("cpu") if weight is None or weight.is_meta else weight.device
     rows = -(-_NUMBERS // columns)
     g = torch.Generator().manual_seed(0)
@@ -75,16 +75,16 @@ def recognise(module: nn.Module, weight: Tensor | None, eps: float) -> str | Non
 @torch.no_grad()
 def _run(module: nn.Module, x: Tensor, weight: Tensor | None) -> Tensor | None:
     """The class's forward with these numbers as weight; None when it does not take them."""
-    if weight is None:
-        return type(module).forward(module, x)
-    original = module._parameters["weight"]
-    module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    original = module._parameters.get("weight")
+    if weight is not None:
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     try:
         return type(module).forward(module, x)
-    except (RuntimeError, TypeError):
+    except Exception:  # whatever the model's own code may raise
         return None
     finally:
-        module._parameters["weight"] = original
+        if weight is not None:
+            module._parameters["weight"] = original
 
 
 def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Tensor:
@@ -97,9 +97,14 @@ def layer_norm_forward(module: nn.LayerNorm, input: Tensor) -> Tensor:
     return y
 
 
-def rms_norm_forward(module: nn.Module, hidden_states: Tensor, *, eps: float, rounding: str) -> Tensor:
-    """The norm on `fastattn.rms_norm`; with mixed dtypes, where models differ in what they return, the model's own."""
-    weight = getattr(module, "weight", None)
+def rms_norm_forward(
+    module: nn.Module, hidden_states: Tensor, *, eps: float, rounding: str, weighted: bool = True
+) -> Tensor:
+    """The norm on `fastattn.rms_norm`; with mixed dtypes, where models differ in what they return, the model's own.
+
+    weighted  False: an attribute `weight` of the module, which is no parameter, takes no part (FalconMamba)
+    """
+    weight: Tensor | None = module.weight if weighted else None  # type: ignore[assignment]
     if weight is not None and weight.dtype != hidden_states.dtype:
         return type(module).forward(module, hidden_states)
     x = hidden_states if hidden_states.stride(-1) == 1 else hidden_states.contiguous()

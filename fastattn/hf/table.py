@@ -162,6 +162,7 @@ def minilm() -> Finding:
 _DROPOUT = {
     "GPT-2": "attn_pdrop", "T5": "dropout_rate", "BERT": "attention_probs_dropout_prob",
     "RoBERTa": "attention_probs_dropout_prob", "ViT": "attention_probs_dropout_prob",
+    "ELECTRA": "attention_probs_dropout_prob", "DINOv2": "attention_probs_dropout_prob",
 }  # fmt: skip
 
 
