@@ -215,6 +215,20 @@ WRONG_CACHE = {
         "block_table must be between 0 and 1 (k_cache has 2 blocks), got -1",
     ),
     "block_table batch": (cached(block_table=cu(0)[:, None]), "block_table must be of the batch size of q (2), got 1"),
+    "num_splits kind": (cached(num_splits=2.5), "num_splits must be None (chosen by length) or an integer, got 2.5"),
+    "lengths list": (cached(cache_seqlens=[3, 15]), "cache_seqlens must be a torch.Tensor, got list"),
+    "cache gradient": (
+        cached(k_cache=torch.randn(2, 16, 2, 8, requires_grad=True)),
+        "k_cache must be without gradient (a cache is for inference",
+    ),
+    "cache twice": (
+        cached(k=NEW["k"], v=NEW["k"], **dict.fromkeys(("k_cache", "v_cache"), torch.randn(2, 16, 2, 8))),
+        "v_cache must be another tensor than k_cache when k and v are appended",
+    ),
+    "cache expanded": (
+        cached(**NEW, v_cache=torch.randn(1, 16, 2, 6).expand(2, 16, 2, 6)),
+        "v_cache must be memory for every slot when k and v are appended, got an expanded tensor",
+    ),
     "gradient": (
         cached(q=torch.randn(2, 1, 4, 8, requires_grad=True)),
         "q must be without gradient (a cache is for inference",
@@ -225,7 +239,7 @@ WRONG_CACHE = {
 @pytest.mark.parametrize("case", WRONG_CACHE)
 def test_attention_kvcache(case: str) -> None:
     arguments, sentence = WRONG_CACHE[case]
-    before = [arguments[name].clone() for name in ("k_cache", "v_cache")]
+    before = [arguments[name].detach().clone() for name in ("k_cache", "v_cache")]
     with pytest.raises(ValueError) as error:
         attention_kvcache(**arguments)
     assert str(error.value).startswith(f"attention_kvcache: {sentence}"), str(error.value)

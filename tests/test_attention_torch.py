@@ -215,12 +215,73 @@ def test_flop_counter() -> None:
     assert counter.get_total_flops() == 2 * pairs * (16 + 8) + 2 * pairs * (3 * 16 + 2 * 8)
 
 
+def _everywhere(x: torch.Tensor) -> dict[str, Any]:
+    """Each differentiable operation as a function of x [batch, seqlen, nheads, headdim]."""
+    lse = torch.zeros(x.shape[0], x.shape[2], x.shape[1], device=x.device)
+    return {
+        "attention": lambda x: attention(x, x.detach(), x.detach(), causal=True),
+        "attention_weights": lambda x: attention_weights(x, x.detach(), lse, causal=True),
+        "layer_norm": fastattn.layer_norm,
+        "rms_norm": fastattn.rms_norm,
+    }
+
+
 def test_second_derivatives_are_refused() -> None:
-    """Once differentiable: asking for more is an error, not a silent zero."""
-    q, k, v = qkv(grad=True)
-    (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), (q,), create_graph=True)
-    with pytest.raises(RuntimeError):
-        dq.sum().backward()
+    """Once differentiable: asking for more is an error, not a silent zero, whatever the first gradient depends on."""
+    x = torch.randn(2, 5, 4, 8, requires_grad=True)
+    for name, f in _everywhere(x).items():
+        for total in (f(x).square().sum(), f(x).sum()):
+            (dx,) = torch.autograd.grad(total, x, create_graph=True)
+            with pytest.raises(RuntimeError, match=f"{name}.* derivative is not implemented"):
+                torch.autograd.grad(dx.square().sum() + total, x)
+        with pytest.raises(RuntimeError, match=f"{name}.* derivative is not implemented"):
+            torch.func.grad(lambda x, f=f: torch.func.grad(lambda x: f(x).sum())(x).square().sum())(x.detach())
+
+
+def test_a_rotation_is_linear_in_its_gradient() -> None:
+    x, table = torch.randn(2, 5, 4, 8, requires_grad=True), torch.randn(5, 4)
+    (dx,) = torch.autograd.grad(fastattn.rope(x, table, table).sum(), x, create_graph=True)
+    assert not dx.requires_grad
+
+
+def test_forward_mode_is_refused() -> None:
+    """A tangent is not dropped in silence; calls without tangents work beside it."""
+    x = torch.randn(2, 5, 4, 8)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for f in (*_everywhere(x).values(), lambda x: fastattn.rope(x, torch.ones(5, 4), torch.ones(5, 4))):
+            with pytest.raises(NotImplementedError, match="jvp"):
+                f(dual)
+            assert f(x).isfinite().all()
+
+
+def test_meta_tensors_have_the_shapes_of_real_ones() -> None:
+    def run(device: str) -> list[torch.Tensor]:
+        x = torch.zeros(2, 5, 4, 8, device=device, requires_grad=True)
+        rows, lengths = x.flatten(0, 1), torch.tensor([0, 4, 10], dtype=torch.int32, device=device)
+        found = [f(x) for f in _everywhere(x).values()]
+        found += [
+            attention(x, x, x, dropout_p=0.1),
+            *attention(rows, rows, rows, cu_seqlens_q=lengths, return_lse=True),
+        ]
+        found += torch.autograd.grad(sum(t.sum() for t in found), [x])
+        with torch.no_grad():
+            one, table = x[:, :1], torch.zeros(9, 4, device=device)
+            caches = [torch.zeros(2, 9, 4, 8, device=device) for _ in range(2)]
+            found.append(attention_kvcache(one, *caches, lengths[:2], k=one, v=one, cos=table, sin=table))
+        return found
+
+    for real, meta in zip(run("cpu"), run("meta"), strict=True):
+        assert meta.is_meta and (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_in_words() -> None:
+    parts = [torch.randn(3, 4, 8), torch.randn(5, 4, 8)]
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor(parts, layout=layout)
+        with pytest.raises(ValueError, match="attention: q must be a plain tensor"):
+            attention(nested, nested, nested)
 
 
 def test_what_a_hook_makes_of_saved_tensors_is_checked_again() -> None:

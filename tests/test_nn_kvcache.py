@@ -127,3 +127,19 @@ def test_wrong_arguments() -> None:
         KVCache(1, 1, 1, 8, block_size=4, num_blocks=2, capacity=8)
     with pytest.raises(ValueError, match=r"count must be a number >= 0, or one per sequence \(3\), got \[1, 2\]"):
         cache("dynamic").advance([1, 2])
+    for count, words in (
+        (1.5, "count must be a number"),
+        (65, "count must be at most the 64 keys that sequence 0 has"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cache("dynamic").advance(count)
+    with pytest.raises(ValueError, match="sequences must be numbers of the 3 sequences"):
+        cache("dynamic").reset([3])
+    q, k = torch.randn(BATCH, 1, HEADS, 16), torch.randn(BATCH, 1, 2, 16)
+    with pytest.raises(ValueError, match="layer must be one of"):
+        cache("dynamic").attend(99, q, k, k)
+    for wrong in ({"capacity": -3}, {"block_size": 0, "num_blocks": 2}, {"headdim_v": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1"):
+            KVCache(1, 1, 1, 8, **wrong)
+    with pytest.raises(ValueError, match="dtype must be floating"):
+        KVCache(1, 1, 1, 8, dtype=torch.int8)

@@ -50,6 +50,13 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
+        if not dtype.is_floating_point:
+            fail(_OP, "dtype", "floating", dtype)
+        sizes = {"nlayers": nlayers, "nheads_k": nheads_k, "headdim": headdim, "headdim_v": headdim_v,
+                 "capacity": capacity, "block_size": block_size}  # fmt: skip
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                fail(_OP, name, "at least 1", size)
         if (block_size is None) != (num_blocks is None):
             fail(_OP, "block_size and num_blocks", "given together", f"{block_size} and {num_blocks}")
         if block_size is not None and capacity is not None:
@@ -64,8 +71,8 @@ class KVCache:
         slots = (batch, _FIRST if capacity is None else capacity)
         if num_blocks is not None and block_size is not None:
             slots = (num_blocks, block_size)
-        sizes = [(*slots, nheads_k, d) for d in (headdim, headdim if headdim_v is None else headdim_v)]
-        self.k, self.v = ([torch.zeros(s, dtype=dtype, device=device) for _ in range(nlayers)] for s in sizes)
+        shapes = [(*slots, nheads_k, d) for d in (headdim, headdim if headdim_v is None else headdim_v)]
+        self.k, self.v = ([torch.zeros(s, dtype=dtype, device=device) for _ in range(nlayers)] for s in shapes)
 
     @property
     def batch(self) -> int:
@@ -99,6 +106,8 @@ class KVCache:
         Returns what `attention_kvcache` returns. Sequences shorter than seqlen_new are padded at their end: give `advance`
         their own counts, and what was appended beyond is overwritten next time.
         """
+        if not 0 <= layer < len(self.k):
+            fail(_OP, "layer", f"one of {len(self.k)}, counted from 0", layer)
         self.reserve(k.shape[1])
         return attention_kvcache(
             *(q, self.k[layer], self.v[layer], self.seqlens),
@@ -108,15 +117,24 @@ class KVCache:
     def advance(self, count: int | Sequence[int] | Tensor) -> None:
         """After the last layer: every sequence has `count` more keys, or each its own."""
         counts = count.tolist() if isinstance(count, Tensor) else count
-        counts = [counts] * self.batch if isinstance(counts, int) else list(counts)
-        if len(counts) != self.batch or min(counts, default=0) < 0:
+        counts = list(counts) if isinstance(counts, Sequence) else [counts] * self.batch
+        if len(counts) != self.batch or not all(isinstance(c, int) and c >= 0 for c in counts):
             fail(_OP, "count", f"a number >= 0, or one per sequence ({self.batch})", counts)
-        self._set_lengths([n + c for n, c in zip(self.lengths, counts, strict=True)])
+        lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
+        for b, length in enumerate(lengths):
+            room = self.k[0].shape[1] if self.block_size is None else self.block_size * len(self._blocks[b])
+            if length > room:
+                fail(
+                    _OP, "count", f"at most the {room - self.lengths[b]} keys that sequence {b} has room for", counts[b]
+                )
+        self._set_lengths(lengths)
 
     def reset(self, sequences: Iterable[int] | None = None) -> None:
         """Forget these sequences, or all; their blocks are free again."""
         lengths = list(self.lengths)
         for b in range(self.batch) if sequences is None else sequences:
+            if not 0 <= b < self.batch:
+                fail(_OP, "sequences", f"numbers of the {self.batch} sequences, counted from 0", b)
             lengths[b] = 0
             self._free += self._blocks[b][::-1]
             self._blocks[b] = []

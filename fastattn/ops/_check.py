@@ -17,6 +17,8 @@ def fail(op: str, argument: str, expectation: str, fact: Any) -> NoReturn:
 def is_tensor(op: str, argument: str, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         fail(op, argument, "a torch.Tensor", type(value).__name__)
+    if value.is_nested:
+        fail(op, argument, "a plain tensor (fastattn.nn has modules for nested ones)", "a nested tensor")
 
 
 def floating(op: str, argument: str, tensor: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastattn.ops import _dispatch
 from fastattn.runtime import env, native
@@ -37,6 +38,8 @@ def unforced() -> bool:
 def plain(*tensors: torch.Tensor | None) -> bool:
     """True when the tensors' data alone decide the result: no tracing, mode, subclass, gradient or forced backend."""
     if _compiling() or door is None or _dispatch_modes() or _functorch_active() or _explaining() or _scoped_backend():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     grad = _grad_enabled()
     for tensor in tensors:

@@ -9,11 +9,13 @@ functions, so they cannot disagree.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
+
+from fastattn.ops._check import is_tensor
 
 _library = torch.library.Library("fastattn", "FRAGMENT")
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -56,20 +58,23 @@ class Op:
         _library.impl(self.name, forward, "CompositeExplicitAutograd")
         qualified = f"fastattn::{self.name}"
         torch.library.register_fake(qualified, fake, lib=_library)
-        if backward is not None:
-            assert save is not None
-            torch.library.register_autograd(qualified, backward, setup_context=_saving(save), lib=_library)
         self.overload = getattr(torch.ops.fastattn, self.name).default
+        kept = _save_nothing if save is None else save
+        if backward is not None:
+            torch.library.register_autograd(qualified, backward, setup_context=_saving(kept), lib=_library)
+        self._functorch: Any = None
+        if not self.overload._schema.is_mutable:
+            # functorch would let the gradient of an op without a derivative be zero
+            self._functorch = _make_functorch(self, kept, _refusing(self.name) if backward is None else backward)
         arguments = self.overload._schema.arguments
         self._tensors = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+        self._names = [a.name for a in arguments]
         self._function = None
         self._apply: Any = None
-        self._functorch = None
         if backward is not None:
             self._function = _make_function(self.name, forward, save, backward, notes)
             # Function.apply in Python looks at every argument for what `__call__` knows: 3 µs
             self._apply = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
-            self._functorch = _make_functorch(self, save, backward)
         torch.library.register_vmap(qualified, _vmap_by_loop(self), lib=_library)
         if flops is not None:
             register_flop_formula(self.overload.overloadpacket)(flops)
@@ -77,13 +82,14 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _dispatch_modes():
             return self.overload(*args)
-        if _functorch_active():
+        if _functorch_active() or forward_ad._current_level >= 0:  # where torch says what has no derivative
             return self.overload(*args) if self._functorch is None else self._functorch.apply(*args)
         wants_grad = False
         for i in self._tensors:
             tensor = args[i]
             if tensor is not None:
-                if type(tensor) not in _plain_types:
+                if type(tensor) not in _plain_types or tensor.is_meta:
+                    is_tensor(self.name.removesuffix("_fwd"), self._names[i], tensor)
                     return self.overload(*args)
                 wants_grad = wants_grad or tensor.requires_grad
         if wants_grad and self._function is not None and torch.is_grad_enabled():
@@ -120,6 +126,32 @@ def wants_gradient(ctx: Any, i: int) -> bool:
     return i < len(wanted) and wanted[i]
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """For operations without a derivative."""
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{name}: its derivative is not implemented; fastattn.reference has derivatives of any order"
+        )
+
+    return backward
+
+
+class _Constant(torch.autograd.Function):
+    """The first `count` tensors as they are; who differentiates them with respect to the others is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Any) -> Any:
+        ctx.name = name
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _refusing(f"the gradient of {ctx.name}")(ctx)
+
+
 def _make_function(name: str, forward: Any, save: Any, backward: Any, notes: bool) -> type[torch.autograd.Function]:
     """A Function with a ctx-style forward: a static setup_context costs 13 µs more per call.
 
@@ -137,10 +169,14 @@ def _make_function(name: str, forward: Any, save: Any, backward: Any, notes: boo
     def gradients(ctx: Any, *grads: Any) -> Any:
         return (*backward(ctx, *grads)[: len(ctx.needs_input_grad) - 1], None)
 
-    with_graph = once_differentiable(gradients)
-
     def apply_backward(ctx: Any, *grads: Any) -> Any:
-        return with_graph(ctx, *grads) if _grad_enabled() else gradients(ctx, *grads)
+        if not _grad_enabled():
+            return gradients(ctx, *grads)
+        with torch.no_grad():
+            found = gradients(ctx, *grads)
+        # torch's once_differentiable looks at grads alone, and lets gradients that depend on the inputs pass for constants
+        depends_on = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return _Constant.apply(name, len(found), *found, *depends_on) if depends_on else found
 
     namespace = {"forward": staticmethod(apply_forward), "backward": staticmethod(apply_backward)}
     return type(f"fastattn_{name}", (torch.autograd.Function,), namespace)  # the name a profiler shows

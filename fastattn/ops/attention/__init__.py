@@ -55,7 +55,7 @@ def attention(
     cu_seqlens_q  [batch + 1] int32: q, k, v are packed, [total, nheads, headdim]; sequence i is rows cu[i] : cu[i + 1].
                   cu_seqlens_k=None is that of q; max_seqlen_q, max_seqlen_k bound the lengths, computed when None
     deterministic bit-reproducible gradients; None follows torch.use_deterministic_algorithms. On a CPU always
-    backend       force one of "cpu", "reference", ... for the forward and its backward
+    backend       force "cuda", "triton", "cpu" or "reference", for the forward and its backward
 
     Returns o [batch, seqlen_q, nheads, headdim_v] in q's dtype, contiguous; with return_lse also lse [batch, nheads,
     seqlen_q] ([nheads, total_q] packed), float32 (float64 for float64), natural log, sink included.

@@ -84,6 +84,8 @@ def check_kvcache(
     if block_table is None and blocks != batch:
         fail(OP, "k_cache", f"of the batch size of q ({batch})", blocks)
     seqlen_new = _check_new(k, v, batch, nheads_k, headdim, headdim_v, q)
+    if seqlen_new:
+        _check_writable(k_cache, v_cache)
     _check_seqlens(cache_seqlens, batch, seqlen_new, capacity, q.device)
     rotary_dim = _check_rope(cos, sin, k, cache_seqlens, q)
     if scale is None:
@@ -92,6 +94,8 @@ def check_kvcache(
         number(OP, "scale", scale)
     if softcap is not None:
         number(OP, "softcap", softcap, low=0.0)
+    if num_splits is not None and not isinstance(num_splits, (int, torch.SymInt)):
+        fail(OP, "num_splits", "None (chosen by length) or an integer", num_splits)
     if num_splits is not None and num_splits < 1:
         fail(OP, "num_splits", "None (chosen by length) or at least 1", num_splits)
     if alibi_slopes is not None:
@@ -99,7 +103,8 @@ def check_kvcache(
     if sinks is not None:
         check_sinks(OP, sinks, nheads, q.device, q.dtype)
     if torch.is_grad_enabled():
-        for name, tensor in (("q", q), ("k", k), ("v", v), ("sinks", sinks)):
+        tensors = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "sinks": sinks}
+        for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 fail(OP, name, "without gradient (a cache is for inference: use torch.no_grad())", "requires_grad=True")
     return KVCacheSpec(
@@ -150,6 +155,15 @@ def _check_new(
     shape(OP, "k", k, (batch, k.shape[1], nheads_k, headdim), "[batch, seqlen_new, nheads_k, headdim]")
     shape(OP, "v", v, (batch, k.shape[1], nheads_k, headdim_v), "[batch, seqlen_new, nheads_k, headdim_v]")
     return k.shape[1]
+
+
+def _check_writable(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Every slot of both caches is memory of its own."""
+    if v_cache is k_cache:
+        fail(OP, "v_cache", "another tensor than k_cache when k and v are appended", "the same")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if 0 in cache.stride() and any(d == 0 and n > 1 for d, n in zip(cache.stride(), cache.shape, strict=True)):
+            fail(OP, name, "memory for every slot when k and v are appended", f"an expanded tensor {cache.stride()}")
 
 
 def _check_seqlens(cache_seqlens: Tensor, batch: int, seqlen_new: int, capacity: int, device: torch.device) -> None:

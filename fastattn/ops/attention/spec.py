@@ -105,7 +105,7 @@ def check_attention(
             seqlen_k, nheads_k, headdim_k = k_shape
             seqlen_v, nheads_v, headdim_v = v_shape
             batch = batch_k = batch_v = 0
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, RuntimeError):  # the last one from nested tensors
         _fail_rank(op, _BSHD if cu_seqlens_q is None else _PACKED, q=q, k=k, v=v)
     if k.dtype != dtype or v.dtype != dtype or k.device != device or v.device != device or dtype not in FLOATING:
         _fail_kind(op, q, k, v)
