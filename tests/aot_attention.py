@@ -40,7 +40,9 @@ def _options(kind: str, dtype: torch.dtype, seqlen: int) -> dict[str, dict[str, 
 
 def _headdims(row: tuning.Row) -> tuple[tuple[int, int], ...]:
     """(headdim, headdim_v) that the row serves: its own, one that is split in two, and where values are narrower."""
-    found = {64: ((64, 64), (40, 40)), 128: ((128, 128), (80, 80)), 256: ((256, 256), (192, 128))}
+    found = {
+        63: ((40, 40), (32, 32)), 64: ((64, 64), (40, 40)), 128: ((128, 128), (80, 80)), 256: ((256, 256), (192, 128))
+    }  # fmt: skip
     return found.get(row.headdim, ((512, 512), (576, 512)))
 
 

@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,14 +81,20 @@ def objections(device: str) -> list[str]:
 
 
 @functools.cache
+def _version() -> tuple[int, ...]:
+    """Triton's, as in (3, 6, 0); empty when nobody can tell."""
+    try:
+        return tuple(int(n) for n in re.findall(r"\d+", importlib.metadata.version("triton"))[:3])
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+
+
 def _too_old() -> list[str]:
     """Says so of a Triton older than the kernels were written for; one whose version nobody can tell is tried."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    found = _version()
+    if not found or found >= _OLDEST:
         return []
-    numbers = tuple(int(n) for n in version.split(".")[:2])
-    return [] if numbers >= _OLDEST else [f"triton {_OLDEST[0]}.{_OLDEST[1]} or newer, got {version}"]
+    return [f"triton {'.'.join(map(str, _OLDEST))} or newer, got {'.'.join(map(str, found))}"]
 
 
 def arch(device: torch.device) -> int:
@@ -157,7 +164,16 @@ def run(
             run(kernel, grid, tensors, numbers, constants, num_warps=num_warps, num_stages=num_stages)
         return
     values = tuple(constants.values())
-    kinds = [None if t is None else _codes[t.dtype] + (t.data_ptr() & 15) for t in tensors]
+    addresses: list[int | None] = []
+    kinds: list[int | None] = []
+    for t in tensors:
+        if t is None:
+            addresses.append(None)
+            kinds.append(None)
+        else:
+            address = t.data_ptr()
+            addresses.append(address)
+            kinds.append(_codes[t.dtype] + (address & 15))
     exact = (id(kernel), device, num_warps, num_stages, values, numbers, *kinds)
     known = _exact.get(exact)
     if known is None or _profiled():
@@ -170,9 +186,9 @@ def run(
         if len(_exact) >= _MOST_EXACT:
             _exact.clear()
         _exact[exact] = known
-    launcher, function, metadata = known
+    launcher, fixed, _ = known  # for a tensor Triton would ask for its address once more, and the driver what that is
     x, y, z = (*grid, 1, 1)[:3]
-    launcher(x, y, z, gpu.stream_of(device), function, metadata, None, None, None, *tensors, *numbers, *values)
+    launcher(x, y, z, gpu.stream_of(device), *fixed, *addresses, *numbers, *values)
 
 
 def _first(
@@ -182,14 +198,19 @@ def _first(
     constants: dict[str, Any],
     num_warps: int,
     num_stages: int,
-) -> tuple[Any, Any, Any]:
-    """Launch through Triton, which compiles; what a later launch needs."""
+) -> tuple[Any, tuple[Any, ...], Any]:
+    """Launch through Triton, which compiles. For later launches: the launcher, what it takes between the stream and the
+    kernel's arguments, and the compiled kernel, which must live on: Triton 3.8 unloads one that nobody holds."""
     if kernel.arg_names[len(args) :] != list(constants):  # a later launch passes them by position
         raise RuntimeError(
             f"launch: the constants of {kernel.__name__} must be {kernel.arg_names[len(args) :]} in order"
         )
     compiled = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
-    return compiled.run, compiled.function, compiled.packed_metadata
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    if _version()[:2] == (3, 6) and not run.global_scratch_size and not run.profile_scratch_size:  # its own C function
+        fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
+        return run.launch, fixed, compiled
+    return run, (function, metadata, None, None, None), compiled
 
 
 def class_of(arg: Any) -> Any:

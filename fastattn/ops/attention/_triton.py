@@ -72,7 +72,7 @@ def _plan(spec: Any, tile: tuning.Tile, by_keys: bool, sides: tuple[bool, ...], 
         (blocks * heads * spec.batch,),
         (heads, spec.seqlen_q, spec.seqlen_k, blocks),
         (
-            edge(spec.left, spec), edge(spec.right, spec), float(spec.scale), spec.softcap,
+            edge(spec.left, spec), edge(spec.right, spec), float(spec.scale), _float(spec.softcap),
             *(dropout(spec) if spec.dropout_p else (None, None)),
         ),
         _constants(spec, tile, tail != 0, sides, tf32),
@@ -86,6 +86,11 @@ def _plan_of(spec: Any, tile: tuning.Tile, by_keys: bool, mask: Tensor | None, b
 
 def _tf32(spec: Any) -> bool:
     return spec.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def _float(number: float | None) -> float | None:
+    """An integer would compile to another kernel, and be the same key."""
+    return None if number is None else float(number)
 
 
 def _slopes_stride(alibi_slopes: Tensor | None) -> int | None:
@@ -131,12 +136,13 @@ def _delta_constants(headdim_v: int, block: int) -> dict[str, Any]:
 def _delta(spec: Any, do: Tensor, o: Tensor, dlse: Tensor | None, lse: Tensor, tile: tuning.Tile) -> Tensor:
     delta = torch.empty_like(lse)
     seqlen_q, heads = lse.shape[-1], spec.nheads if spec.packed else spec.nheads * spec.batch
+    block = min(tile.BLOCK_M, 64)  # 128 padded rows of both tiles do not fit into the registers of 4 warps
     launch.run(
         attention_bwd_delta_kernel,
-        (-(-seqlen_q // tile.BLOCK_M), heads),
+        (-(-seqlen_q // block) * heads,),
         (do, o, dlse, delta),
         (*strides(do), *strides(o), spec.nheads, seqlen_q),
-        _delta_constants(spec.headdim_v, tile.BLOCK_M),
+        _delta_constants(spec.headdim_v, block),
     )
     return delta
 

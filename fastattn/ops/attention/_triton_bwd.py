@@ -19,10 +19,13 @@ def attention_bwd_delta_kernel(
 ):  # fmt: skip
     """delta = rowsum(do ∘ o) - dlse for BLOCK_M queries of one head.
 
-    Grid: cdiv(seqlen_q, BLOCK_M), nheads · batch; a packed call is one sequence here. Bound by memory: do and o once.
+    Grid: cdiv(seqlen_q, BLOCK_M) · nheads · batch, in one axis, for only the first goes beyond 65535; a packed call is one
+    sequence here. Bound by memory: do and o once.
     """
-    m0 = tl.program_id(0) * BLOCK_M
-    head = tl.program_id(1)
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(seqlen_q, BLOCK_M)
+    m0 = pid % blocks * BLOCK_M
+    head = pid // blocks
     row = (head // nheads).to(tl.int64)
     h = (head % nheads).to(tl.int64)
     do_ptr += row * do_b + h * do_h + m0.to(tl.int64) * do_m

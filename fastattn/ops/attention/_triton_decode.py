@@ -427,7 +427,7 @@ def kvcache(
             None if alibi_slopes is None else 0 if alibi_slopes.dim() == 1 else alibi_slopes.stride(0),
             nheads_k, seqlen_q, seqlen_new, capacity, blocks_m, num_splits, least, rows, part_lse,
             left if left is None else min(left, longest), right if right is None else min(right, longest),
-            float(scale), softcap,
+            float(scale), None if softcap is None else float(softcap),
         ),
         constants,
         num_warps=tile.num_warps,

@@ -56,6 +56,7 @@ def _rows(arch: int, width: int, kind: str, *tiles: tuple[int, Tile, Tile, Tile]
 ROWS = (
     *_rows(
         80, 2, "dense",
+        (63, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # masked columns cost registers
         (64, Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         (128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
         (256, Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
@@ -63,6 +64,7 @@ ROWS = (
     ),
     *_rows(
         80, 2, "band",
+        (63, Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # masked columns cost registers
         (64, Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         (128, Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
         (256, Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
