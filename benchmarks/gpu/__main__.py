@@ -1,6 +1,7 @@
 """Measure one part on the GPU: python -m fastattn.benchmarks.gpu forward --out FOLDER [--quick] [--budget S].
 
-Writes FOLDER/<part>.jsonl after every case, so that a run that is cut short loses nothing, and prints the table.
+Writes FOLDER/<part>.jsonl after every case, so that a run that is cut short loses nothing, and prints the table. A contender
+that hangs the GPU, or fails in a way that leaves it unusable, takes only its process along; the others begin again.
 Exit code 0: fine, 1: some result of fastattn was wrong or failed, 2: no GPU or bad arguments.
 """
 
@@ -15,9 +16,9 @@ import torch
 
 from .. import report
 from ..case import OURS
-from .machine import Peaks, describe
-from .run import PARTS, run_case, write
-from .timing import EventWatch
+from .machine import describe
+from .run import PARTS, PATIENCE, cases_of, measured, rows_of_survivors, write
+from .worker import Worker
 
 
 def main() -> int:
@@ -33,16 +34,16 @@ def main() -> int:
         print("gpu: no GPU that torch can use", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    watch = EventWatch(device)
-    peaks, facts, begin = Peaks(device, watch), describe(device), time.perf_counter()
+    facts, begin, worker = describe(device), time.perf_counter(), Worker(measured, PATIENCE)
     rows, left = [], 0
-    for case in PARTS[options.part](options.part, device, options.quick):
+    for index, case in enumerate(cases_of(options.part, device, options.quick)):
         if options.until and time.perf_counter() - begin > options.until:
             left += 1
             continue
-        rows += run_case(case, watch, peaks, options.budget)
+        rows += rows_of_survivors(worker, case, index, options.part, str(device), options.quick, options.budget)
         print("  ".join(report.line(report.by_case(rows)[-1])), flush=True)
         write(options.out, options.part, facts, rows)
+    worker.stop()
     if left:
         print(f"gpu: {left} cases not begun after {options.until:.0f} s", file=sys.stderr)
     for note in report.notes(rows):

@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 import torch
 
 import fastattn
-from fastattn.ops.attention import _cuda_bwd, _cuda_bwd_sm90, reference, tuning_sm90
+from fastattn.ops.attention import reference, tuning_cuda_bwd, tuning_sm90, tuning_sm90_bwd
 from fastattn.runtime import audit, cuda, gpu, jit
 
 from . import cycles
 from .machine import describe
-from .timing import EventWatch, Watch, measure
+from .timing import EventWatch, Watch, compilers, measure
 from .worker import LostError, Worker
 
 HEADS = {64: (64, 64), 96: (96, 96), 128: (128, 128), 192: (192, 128), 256: (256, 256)}
@@ -60,7 +60,7 @@ class Candidate(NamedTuple):
 
     @contextlib.contextmanager
     def tried(self) -> Iterator[None]:
-        rows: Any = {"forward": tuning_sm90, "backward": _cuda_bwd_sm90, "portable": _cuda_bwd}[self.phase]
+        rows: Any = {"forward": tuning_sm90, "backward": tuning_sm90_bwd, "portable": tuning_cuda_bwd}[self.phase]
         with cuda.portable() if self.phase == "portable" else contextlib.nullcontext(), rows.tried(self.row):
             yield
 
@@ -68,9 +68,9 @@ class Candidate(NamedTuple):
 def candidates(phase: str, headdim: int, kind: str, at_most: int) -> list[Candidate]:
     """Today's row first, then the most promising ones."""
     if phase == "backward":
-        rows: list[Any] = list(_cuda_bwd_sm90.candidates(*HEADS[headdim], BACKWARD_KINDS[kind]))
+        rows: list[Any] = list(tuning_sm90_bwd.candidates(*HEADS[headdim], BACKWARD_KINDS[kind]))
     elif phase == "portable":
-        rows = _cuda_bwd.candidates(90, max(HEADS[headdim]), kind not in ("dense", "band"))
+        rows = tuning_cuda_bwd.candidates(90, max(HEADS[headdim]), kind not in ("dense", "band"))
     else:
         used, *others = tuning_sm90.candidates(*HEADS[headdim], kind)
         ways = [r for r in others if r[3:6] == used[3:6]]  # of the same tile: the model cannot tell these apart
@@ -108,7 +108,10 @@ def compiles(c: Candidate) -> dict[str, Any]:
         o = fastattn.attention(*tensors, backend="cuda", **options)
         if c.phase != "forward":
             torch.autograd.grad(o, tensors, o)
-    kernel = next(launch.kernel for launch in recorded.launches if launch.kernel.name == KERNELS[c.phase])
+    kernels = [launch.kernel for launch in recorded.launches if launch.kernel.name == KERNELS[c.phase]]
+    if not kernels:
+        return {"refused": "not launched"}
+    kernel = kernels[0]
     try:
         built = jit.load(kernel, "sm_90a")
     except RuntimeError as failure:  # a row that the compiler refuses is an answer, not an error
@@ -238,7 +241,9 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     cells = list(itertools.product(options.phase, options.headdim, options.kind))
     with (
-        ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(
+            compilers(), mp_context=multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(10,)
+        ) as pool,
         (options.out / f"rows-{'-'.join(options.phase)}.jsonl").open("w") as log,
     ):
         log.write(json.dumps({"machine": describe(device)}) + "\n")
@@ -251,7 +256,11 @@ def main() -> int:
                 continue
             facts = {c: future.result() for c, future in waiting}
             for seqlen in options.seqlen:
-                found = contest_of_survivors(worker, list(facts), facts, seqlen)
+                try:
+                    found = contest_of_survivors(worker, list(facts), facts, seqlen)
+                except LostError as loss:
+                    print(f"hopper: {cell} {seqlen} given up: {loss}", file=sys.stderr, flush=True)
+                    continue
                 log.writelines(json.dumps(known) + "\n" for known in found)
                 log.flush()
                 timed = sorted((k for k in found if "tflops" in k), key=lambda k: -k["tflops"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
@@ -52,6 +53,11 @@ class HostWatch:
         call()
         elapsed = time.perf_counter() - begin
         return lambda: elapsed
+
+
+def compilers() -> int:
+    """Processes that may compile while the GPU is timed: the host that queues the calls must not wait for a core."""
+    return max(1, (os.cpu_count() or 1) - 2)
 
 
 def measure(calls: dict[str, Callable[[], object]], watch: Watch, budget_s: float) -> dict[str, Timing]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+_START = 600.0  # seconds for a process to import what it needs, however busy the machine is
+
 
 class LostError(RuntimeError):
     """The process ended or was silent for too long. `last` is the last thing that it told, or None."""
@@ -19,7 +21,7 @@ class LostError(RuntimeError):
 class Worker:
     """`worker(*args)` is `function(tell, *args)` in a process of its own, started when needed and kept for further calls.
 
-    patience    seconds without a word (`tell(note)`, or the result) after which the process is ended
+    patience    seconds without a word (`tell(note)`, or the result) after which the process is ended, once it has started
     """
 
     def __init__(self, function: Callable[..., Any], patience: float) -> None:
@@ -28,20 +30,23 @@ class Worker:
         self._connection: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        if self._process is None:
+        starting = self._process is None
+        if starting:
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
             self._process.start()
             theirs.close()
-        last, reason = None, f"no word for {self._patience:.0f} s"
+        last, reason = None, ""
         try:
             self._connection.send(args)
-            while self._connection.poll(self._patience):
+            while self._connection.poll(patience := _START if starting else self._patience):
                 finished, value = self._connection.recv()
+                starting = False
                 if finished:
                     return value
                 last = value
+            reason = f"no word for {patience:.0f} s"
         except (EOFError, OSError):
             reason = "the process ended"
         self.stop()
@@ -56,6 +61,7 @@ class Worker:
 
 
 def _serve(connection: Connection, function: Callable[..., Any]) -> None:
+    connection.send((False, None))  # it has started
     while True:
         args = connection.recv()
         connection.send((True, function(lambda note: connection.send((False, note)), *args)))
