@@ -1,4 +1,4 @@
-"""What every test runs under: NaN-poisoned torch.empty, a fixed seed, and the thread count put back afterwards.
+"""What every test runs under: NaN-poisoned torch.empty, fixed seeds, and the thread count put back afterwards.
 
 Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; it must be chosen before they are imported.
 The CUDA C++ kernels run in the emulator there, when the machine has the compiler for it.
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis.internal.conjecture import providers
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,6 +32,10 @@ if not torch.cuda.is_available():
     if emulator.available():
         cuda.emulator = emulator.run
 
+
+# A twentieth of what hypothesis draws are constants of whichever of our modules are imported so far: the calls of a
+# derandomized test would depend on the tests before it, and on every number in the code.
+providers._get_local_constants = lambda: providers._local_constants
 
 _LONGEST = ("test_sanitize.py", "test_packaging.py")
 

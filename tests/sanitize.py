@@ -7,6 +7,7 @@ UndefinedBehaviourSanitizer.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ OPTIONS = {
 def build(kind: str) -> Path:
     """The folder to import from."""
     folder = ROOT / "build" / f"sanitize-{kind}"
+    folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "FASTATTN_SANITIZE": FLAGS[kind], "FASTATTN_REQUIRE_NATIVE": "1"}
     command = [
         sys.executable,
@@ -40,7 +42,9 @@ def build(kind: str) -> Path:
         "--build-lib",
         str(folder / "lib"),
     ]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may build the same
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     return folder / "lib"
 
 

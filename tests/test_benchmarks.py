@@ -135,9 +135,13 @@ def test_a_sample_that_waited_for_a_core_does_not_count():
     assert measure({"interrupted": interrupted}, without_probe, budget_s=0.0, clock=clock)["interrupted"].noisy
 
 
-def test_waiting_for_a_core_is_counted_in_seconds():
-    before = waited_for_a_core()
-    assert 0.0 <= before <= waited_for_a_core() < 1e5
+def test_waiting_for_a_core_is_counted_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert 0.0 <= waited_for_a_core() < 1e5
+    for name, text in (("1", "7 2000000000 3"), ("2", "9 500000000 1"), ("empty", "")):
+        (tmp_path / name).write_text(text)
+    threads = [str(tmp_path / name) for name in ("1", "ended", "2", "empty")]
+    monkeypatch.setattr("fastattn.benchmarks.timing.glob.glob", lambda pattern: threads)
+    assert waited_for_a_core() == 2.5
 
 
 def test_without_a_canary_every_sample_counts():
@@ -395,9 +399,10 @@ def _sweep() -> list[run.Row]:
 
 
 def test_jsonl_is_read_as_it_was_written(tmp_path: Path, rows: dict[str, run.Row]):
-    report.write_jsonl(tmp_path / "r.jsonl", describe(), rows.values())
+    written = describe()
+    report.write_jsonl(tmp_path / "r.jsonl", written, rows.values())
     machine, again = report.read_jsonl(tmp_path / "r.jsonl")
-    assert machine == describe() and again == list(rows.values())
+    assert machine == written and again == list(rows.values())
     assert all(isinstance(json.loads(line), dict) for line in (tmp_path / "r.jsonl").read_text().splitlines())
 
 
@@ -431,6 +436,13 @@ def test_publish_writes_the_readme_from_results(
     assert "old" not in text and "a row: a label" in text and text.startswith("head") and text.endswith("tail\n")
     assert (Path("benchmarks/results") / describe().slug / "results.jsonl").is_file()
     assert publish.main(["nowhere"]) == 2
+
+
+def test_publish_names_whoever_was_faster():
+    ours, theirs = _sweep()[:2]
+    assert publish.summary(describe(), [ours, theirs]).endswith("faster than fastattn: none.")
+    text = publish.summary(describe(), [ours, replace(theirs, ratio=0.9)])
+    assert text.endswith("faster than fastattn: SDPA in attention, over seqlen: 1x1x128 fp32 (0.90 x).")
 
 
 def test_publish_refuses_wrong_results(tmp_path: Path, rows: dict[str, run.Row]):

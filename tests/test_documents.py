@@ -43,8 +43,8 @@ def test_the_readme_can_be_filled_from_results():
 
 
 def test_links_between_documents_lead_somewhere():
-    documents = [path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]]
-    for path in documents:
+    folders = ("docs", "fastattn", "csrc", "tests", "benchmarks")
+    for path in [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 

@@ -23,9 +23,10 @@ def without_leading(descriptors: list[int]) -> list[int]:
     return [d & ~LEADING for d in descriptors]
 
 
-def test_descriptors_are_those_of_triton() -> None:
+def test_descriptors_are_those_of_triton(tmp_path: Path) -> None:
     script = Path(__file__).with_name("triton_witness.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     said = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True).stdout
     usual, turned, halves = json.loads(said)
     out = torch.zeros(24, dtype=torch.int64)

@@ -33,7 +33,7 @@ def no_exchange_api() -> Iterator[None]:
 
 def _run(code: str, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

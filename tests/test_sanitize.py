@@ -24,5 +24,5 @@ def test_short_run(options: list[str]) -> None:
     tests = [str(TESTS / "test_native_memory.py"), "-q", "-x", "-k", best]
     command = [sys.executable, str(TESTS / "sanitize.py"), *options, *tests]
     environment = {**os.environ, "FASTATTN_BUILD_ISAS": best}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -33,6 +33,7 @@ TINY = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(env, "CUDA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FASTATTN_CUDA_CACHE", str(tmp_path / "cache"))  # for processes of its own
     cache.folder.cache_clear()
     yield tmp_path / "cache"
     cache.folder.cache_clear()
@@ -44,7 +45,7 @@ def _lines(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
 
 
 def test_it_fills_the_cache_once(folder: Path, capsys):
-    arguments = ("--arch", "sm_90a", "--ops", "rms_norm", "--hidden", "256", "--inference", "--jobs", "1")
+    arguments = ("--arch", "sm_90a", "--op", "rms_norm", "--hidden", "256", "--inference", "--jobs", "1")
     *kernels, total = _lines(capsys, *arguments)
     assert kernels and all(line.startswith("norm_fwd_kernel<bf16") and line.endswith(" s") for line in kernels)
     assert total.startswith(f"{len(kernels)} of {len(kernels)} kernels are in {folder}")
@@ -54,7 +55,7 @@ def test_it_fills_the_cache_once(folder: Path, capsys):
 
 
 def test_a_recorded_launch_finds_what_was_compiled_ahead(folder: Path, capsys, monkeypatch):
-    _lines(capsys, "--arch", "sm_80", "--ops", "rms_norm", "--hidden", "256", "--inference", "--jobs", "1")
+    _lines(capsys, "--arch", "sm_80", "--op", "rms_norm", "--hidden", "256", "--inference", "--jobs", "1")
     with cuda.recording(80) as recorded, fastattn.use_backend("cuda"):
         fastattn.rms_norm(torch.empty(4096, 256, dtype=torch.bfloat16), torch.empty(256, dtype=torch.bfloat16))
     (launch,) = recorded.launches
@@ -62,14 +63,15 @@ def test_a_recorded_launch_finds_what_was_compiled_ahead(folder: Path, capsys, m
     assert jit.load(launch.kernel, "sm_80").image.startswith(b"\x7fELF")
 
 
-def test_it_compiles_in_several_processes(capsys):
-    arguments = ("--arch", "80", "sm_90a", "--ops", "rms_norm", "--hidden", "256", "--inference", "--jobs", "2")
+def test_it_compiles_in_several_processes(folder: Path, capsys):
+    arguments = ("--arch", "80", "sm_90a", "--op", "rms_norm", "--hidden", "256", "--inference", "--jobs", "2")
     *kernels, total = _lines(capsys, *arguments)
     assert len(kernels) >= 2 and all(line.endswith(" s") for line in kernels) and total.startswith(f"{len(kernels)} of")
+    assert len(list(folder.iterdir())) == len(kernels)
 
 
 def test_the_backward_and_every_dtype_asked_for_are_among_them(folder: Path, capsys):
-    lines = _lines(capsys, "--arch", "90", "--ops", "rms_norm", "--dtype", "bf16", "fp16", "--list")
+    lines = _lines(capsys, "--arch", "90", "--op", "rms_norm", "--dtype", "bf16", "fp16", "--list")
     assert {line.split("<")[0] for line in lines} >= {"norm_fwd_kernel", "norm_bwd_kernel"}
     assert {line.split("<")[1][:3] for line in lines if line.startswith("norm_fwd")} == {"bf1", "f16"}
     assert len(lines) == len(set(lines)) and not folder.exists()
@@ -130,5 +132,5 @@ def test_without_a_gpu_the_architecture_must_be_named(capsys, monkeypatch):
 
 def test_without_a_cache_there_is_nothing_to_fill(capsys, monkeypatch):
     monkeypatch.setattr(env, "CUDA_CACHE", "off")
-    assert cli.main(["warmup", "--arch", "90", "--ops", "rope", "--inference"]) == 1
+    assert cli.main(["warmup", "--arch", "90", "--op", "rope", "--inference"]) == 1
     assert "no cache to fill" in capsys.readouterr().err

@@ -32,9 +32,13 @@ SEQLEN, CACHED = 2048, 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", nargs="+", help="such as sm_80 sm_90a; default: the GPUs of this machine")
-    parser.add_argument("--ops", nargs="+", choices=tuple(CALLS), default=list(CALLS), help="the operations")
-    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="of the tensors")
+    parser.add_argument("--arch", nargs="+", help="such as sm_80 sm_90a (default: the GPUs of this machine)")
+    parser.add_argument(
+        "--op", nargs="+", choices=tuple(CALLS), default=list(CALLS), metavar="OP", help="the operations"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16"], metavar="DTYPE", help="some of %(choices)s"
+    )
     parser.add_argument("--headdim", nargs="+", type=int, default=[128], help="of attention and rope")
     parser.add_argument("--heads", nargs=2, type=int, metavar=("Q", "KV"), default=[32, 8], help="of queries, of keys")
     parser.add_argument("--hidden", nargs="+", type=int, default=[4096], help="columns of the norms")
@@ -132,7 +136,7 @@ def _distinct(launches: Sequence[tuple[int, cuda.Launch]]) -> list[Target]:
 
 
 def _call_ops(arguments: argparse.Namespace) -> None:
-    for op in arguments.ops:
+    for op in arguments.op:
         sizes = arguments.hidden if op.endswith("norm") else arguments.headdim
         for dtype in arguments.dtype:
             for size in sizes:

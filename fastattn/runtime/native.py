@@ -1,10 +1,11 @@
-"""Loads the compiled module `fastattn._native`, or remembers why it cannot be loaded.
+"""Loads the compiled module `fastattn._native`, or warns that it cannot be loaded and remembers why.
 
 The package works without it (on the reference backend); `fastattn doctor` prints `error()`.
 """
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 
 import torch
@@ -46,3 +47,5 @@ def module() -> ModuleType:
 
 
 _load()
+if _error is not None:
+    warnings.warn(f"fastattn: {_error}. Until then CPU tensors go to the slow reference", RuntimeWarning, stacklevel=2)

@@ -7,7 +7,10 @@ import torch
 from fastattn.ops import _eager
 from fastattn.ops._dispatch import forced_backend
 from fastattn.ops.rope import op as _op
+from fastattn.ops.rope import tables
 from fastattn.ops.rope.spec import check_tensors
+
+__all__ = ["rope", "rope_qk", "tables"]
 
 
 def rope(
@@ -24,7 +27,7 @@ def rope(
                   float64; any strides with a unit last stride (a bshd view of a bhsd tensor is free)
     cos, sin      [rows, rotary_dim / 2] or [batch, rows, rotary_dim / 2] (batch 1 broadcasts), of x's dtype or float32,
                   rotary_dim <= headdim; elements of a head past rotary_dim are copied
-    interleaved   False pairs element i with i + rotary_dim / 2 (Llama), True pairs 2i with 2i + 1 (GPT-J, DeepSeek)
+    interleaved   False pairs element i with i + rotary_dim / 2 (GPT-NeoX, Llama), True pairs 2i with 2i + 1 (GPT-J, DeepSeek)
     position_ids  [batch, seqlen] or [seqlen] ([total] packed), int32 or int64: the row of cos and sin of each position;
                   None takes the first seqlen rows
 
