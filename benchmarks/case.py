@@ -76,7 +76,3 @@ class Case:
     def key(self) -> str:
         threads = f"/{self.threads}t" if self.threads else ""
         return f"{self.room}/{self.row}/{self.label}/{self.dtype}/{self.malloc}{threads}"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]

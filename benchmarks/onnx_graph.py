@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 
-FLOAT, INT32, INT64, BOOL = 1, 6, 7, 9  # TensorProto.DataType
+FLOAT, INT32 = 1, 6  # TensorProto.DataType
 
 
 def _varint(value: int) -> bytes:

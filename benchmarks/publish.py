@@ -49,7 +49,8 @@ def insert(text: str, table: str) -> str:
 
 
 def summary(machine: Machine, rows: Sequence[Row]) -> str:
-    """One line per row and dtype (its first shape): time, share of the attainable, how much longer the others take."""
+    """One line per row and dtype (its first shape): time, share of the attainable, how much longer the others take.
+    Below it, over all shapes, who was faster than fastattn."""
     lines = [
         f"{machine.cpu}, {machine.threads} threads, {machine.isa}, "
         f"torch {machine.versions.get('torch')}, {machine.date}:",
@@ -76,6 +77,11 @@ def summary(machine: Machine, rows: Sequence[Row]) -> str:
             "" if best is None else f"{best.contender} {best.ratio:.1f} x",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if any("| ~" in line for line in lines):
+        lines += ["", "~: fewer than three quiet samples."]
+    ahead = [row for row in rows if row.contender != OURS and row.ratio and row.ratio < 1]
+    faster = [f"{row.contender} in {row.room}, {row.row}: {row.label} {row.dtype} ({row.ratio:.2f} x)" for row in ahead]
+    lines += ["", f"Of all shapes measured, faster than fastattn: {'; '.join(faster) or 'none'}."]
     return "\n".join(lines)
 
 

@@ -18,9 +18,13 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="one or two shapes per row, about a minute")
-    parser.add_argument("--op", action="append", choices=ROOMS, help="only this room; may be repeated")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this dtype; may be repeated")
-    parser.add_argument("--row", action="append", help="only rows with this name, such as 'decode'; may be repeated")
+    parser.add_argument(
+        "--op", nargs="+", action="extend", choices=ROOMS, metavar="OP", help="only these of %(choices)s"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", action="extend", choices=DTYPES, metavar="DTYPE", help="only these of %(choices)s"
+    )
+    parser.add_argument("--row", nargs="+", action="extend", help="only rows with these names, such as decode")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for what is written")
     parser.add_argument("--budget", type=float, help="most seconds of timing per case (default 8, with --quick 0.5)")
 

@@ -35,12 +35,24 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
-        for name, value in facts.items():
-            print(f"{name:<14}{value}")
+        _print(facts)
     if error := native.error():
         print(f"\ndoctor: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _print(facts: dict[str, Any]) -> None:
+    """A line per fact; operations whose backends are in the same state share theirs."""
+    operations: dict[str, list[str]] = {}
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            states = "\n".join(f"  {backend:<12}{state}" for backend, state in value.items())
+            operations.setdefault(states, []).append(name)
+        else:
+            print(f"{name:<14}{value}")
+    for states, names in operations.items():
+        print(f"backends of {', '.join(names)}:\n{states}")
 
 
 def collect() -> Iterator[tuple[str, Any]]:
@@ -68,12 +80,12 @@ def collect() -> Iterator[tuple[str, Any]]:
     yield "kernel cache", str(cache.location() or "off: every process compiles its CUDA kernels anew")
     yield "forced", env.BACKEND or "no backend (FASTATTN_BACKEND)"
     for op, backends in matrix.rooms():
-        yield op, "; ".join(f"{backend.name}: {_state(backend)}" for backend in backends)
+        yield op, {backend.name: _state(backend) for backend in backends}
 
 
 def _compiler(module: Any) -> str:
     compiler = getattr(module, "compiler", None)
-    return f", built by {compiler() if callable(compiler) else compiler}" if compiler else ""
+    return f", compiler {compiler() if callable(compiler) else compiler}" if compiler else ""
 
 
 def _state(backend: Any) -> str:

@@ -11,7 +11,7 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", action="append", help="only this family, as the table names it; may be repeated")
+    parser.add_argument("--family", nargs="+", action="extend", help="only these families, as the table names them")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -51,7 +51,9 @@ def _takers(scenario: Scenario) -> dict[str, list[str]]:
     for name, dtype in DTYPE_NAMES.items():
         try:
             explanation = _explain(scenario, dtype)
-        except ValueError:
+        except ValueError as failure:
+            if not str(failure).startswith("explain: "):
+                raise
             return {}
         for backend, objections in explanation.objections.items():
             found.setdefault(backend, [])

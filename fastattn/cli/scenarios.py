@@ -147,7 +147,8 @@ def _kvcache(option: str, tensors: dict[str, Tensor], **options: Any) -> Scenari
 
 def attention_weights() -> list[Scenario]:
     def call(ops: Any, t: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"weights": ops.attention_weights(t["q"], t["k"], t["lse"])}
+        lse = t["lse"].double() if t["q"].dtype == torch.float64 else t["lse"]
+        return {"weights": ops.attention_weights(t["q"], t["k"], lse)}
 
     tensors = {name: x for name, x in _qkv().items() if name != "v"}
     scores = torch.einsum("bmhd,bnhd->bhmn", tensors["q"].double(), tensors["k"].double()) / 8

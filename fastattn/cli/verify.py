@@ -25,10 +25,14 @@ Tensor = torch.Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", action="append", choices=tuple(OPS), help="only this operation; may be repeated")
-    parser.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this dtype; may be repeated")
+    parser.add_argument(
+        "--op", nargs="+", action="extend", choices=tuple(OPS), metavar="OP", help="only these of %(choices)s"
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", action="extend", choices=tuple(DTYPES), metavar="DTYPE", help="only these of %(choices)s"
+    )
     parser.add_argument("--backend", choices=("cuda", "triton", "cpu", "reference"), help="force this backend")
-    parser.add_argument("--device", default="cpu", help="where the operations run, such as cuda (default cpu)")
+    parser.add_argument("--device", default="cpu", help="where the operations run, such as cuda")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of the table")
     parser.add_argument(
         "--model",

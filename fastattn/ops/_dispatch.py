@@ -71,10 +71,6 @@ _explaining: contextvars.ContextVar[bool] = contextvars.ContextVar("fastattn_exp
 _known = frozenset({"cuda", "triton", "cpu", "reference"})
 
 
-def explaining() -> bool:
-    return _explaining.get()
-
-
 def forced_backend(backend: str | None) -> str | None:
     """The backend a call is forced to: its own argument, else `use_backend`, else FASTATTN_BACKEND, else None.
 
