@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import _cuda_bwd, attention
+from fastattn.ops.attention import attention, tuning_cuda_bwd
 from fastattn.runtime import cuda
 
 BF16 = torch.bfloat16
@@ -27,8 +27,8 @@ def launches(arch: int, *, everything: bool) -> Iterator[cuda.Launch]:
                 yield from _record(arch, dtype, headdim, headdim_v, odd=odd, bias=True, sinks=True)
     for headdim, headdim_v in HEADS:  # what a GPU is to time against it
         for pairs in (False, True):
-            row = next(r for r in _cuda_bwd.candidates(arch, headdim, pairs) if not r.adds_dq)
-            with _cuda_bwd.tried(row):
+            row = next(r for r in tuning_cuda_bwd.candidates(arch, headdim, pairs) if not r.adds_dq)
+            with tuning_cuda_bwd.tried(row):
                 yield from _record(arch, BF16, headdim, headdim_v, bias=pairs, causal=not pairs)
 
 

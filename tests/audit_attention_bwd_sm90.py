@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastattn.ops.attention import _cuda_bwd_sm90, attention
+from fastattn.ops.attention import attention, tuning_sm90_bwd
 from fastattn.runtime import cuda
 
 ARCHS = (90,)
@@ -24,15 +24,15 @@ def _options(kind: str) -> tuple[dict[str, Any], ...]:
 
 
 def launches(arch: int, *, everything: bool) -> Iterator[cuda.Launch]:
-    for row in _cuda_bwd_sm90.ROWS:
+    for row in tuning_sm90_bwd.ROWS:
         if everything or row.kind == "plain":
             for options in _options(row.kind):
                 for dtype in (BF16, torch.float16) if everything else (BF16,):
                     yield from _call(arch, row, dtype, options)
         if everything and row.kind == "plain":
-            for other in _cuda_bwd_sm90.candidates(row.headdim, row.headdim_v, row.kind):
+            for other in tuning_sm90_bwd.candidates(row.headdim, row.headdim_v, row.kind):
                 if other.ways & {"persistent", "apart"}:
-                    with _cuda_bwd_sm90.tried(other):
+                    with tuning_sm90_bwd.tried(other):
                         yield from _call(arch, other, BF16, {"causal": True})
 
 
@@ -50,7 +50,7 @@ def expected(kernel: cuda.Kernel, arch: int) -> tuple[str, ...]:
     return (*products, "UTMALDG.4D", "UBLKRED.G.S.ADD.F32.RN", "SYNCS", "STSM.16.M88.4", "MUFU.EX2", "USETMAXREG")
 
 
-def _call(arch: int, row: _cuda_bwd_sm90.Row, dtype: torch.dtype, options: dict[str, Any]) -> Iterator[cuda.Launch]:
+def _call(arch: int, row: tuning_sm90_bwd.Row, dtype: torch.dtype, options: dict[str, Any]) -> Iterator[cuda.Launch]:
     q = torch.empty(1, SEQLEN, 4, row.headdim, dtype=dtype, requires_grad=True)
     k, v = (torch.empty(1, SEQLEN, 2, width, dtype=dtype) for width in (row.headdim, row.headdim_v))
     with cuda.recording(arch) as recorded:

@@ -6,26 +6,21 @@ are such that several blocks of keys add to a tile of dq, rings of two stages wr
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
+import hopper_calls
 import law
 import pytest
 import torch
+from attention_calls import DEVICE, NHEADS, Tensors
+from hopper_calls import bias, given, noted, on_cuda, packed, qkv, reorder
 
-from fastattn.ops.attention import _cuda, _cuda_bwd_sm90, _reference, attention, reference
-from fastattn.runtime import audit, cuda, jit
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if cuda.objections(DEVICE):
-    pytest.skip("; ".join(cuda.objections(DEVICE)), allow_module_level=True)
-if cuda.arch(torch.device(DEVICE)) != 90:
-    pytest.skip("the Hopper backward runs on compute capability 9.0", allow_module_level=True)
+from fastattn.ops.attention import _cuda, _cuda_bwd_sm90, _reference, reference, tuning_sm90_bwd
+from fastattn.runtime import audit, jit
 
 KERNEL = "attention_bwd_sm90_kernel"
-NHEADS, NHEADS_K, SEQLEN_Q, SEQLEN_K = 2, 1, 150, 210
+SEQLEN_Q, SEQLEN_K = 150, 210
 QKV = ("q", "k", "v")
 
 
@@ -35,62 +30,25 @@ def reference_forward(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The kernels that the test launches."""
-    seen: list[str] = []
-    usual = cuda.run
-
-    def run(kernel: cuda.Kernel, *args: Any) -> None:
-        seen.append(str(kernel))
-        usual(kernel, *args)
-
-    monkeypatch.setattr(cuda, "run", run)
-    yield seen
-
-
-def qkv(
-    seqlen_q: int = SEQLEN_Q,
-    seqlen_k: int = SEQLEN_K,
-    headdim: int = 64,
-    headdim_v: int | None = None,
-    *,
-    batch: int = 1,
-    nheads: int = NHEADS,
-    nheads_k: int = NHEADS_K,
-    dtype: torch.dtype = torch.bfloat16,
-    layout: str = "contiguous",
-) -> dict[str, torch.Tensor]:
-    kind: dict[str, Any] = {"dtype": dtype, "layout": layout}
-    sizes = (("q", seqlen_q, nheads, headdim), ("k", seqlen_k, nheads_k, headdim), ("v", seqlen_k, nheads_k, headdim_v))
-    return {
-        name: law.randn(batch, seqlen, heads, width or headdim, **kind, seed=i).to(DEVICE)
-        for i, (name, seqlen, heads, width) in enumerate(sizes)
-    }
-
-
-def on_cuda(*args: Any, **kwargs: Any) -> Any:
-    return attention(*args, backend="cuda", **kwargs)
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return noted(monkeypatch)
 
 
 def holds(
-    tensors: dict[str, torch.Tensor],
+    tensors: Tensors,
     launched: list[str],
     wants: tuple[str, ...] = QKV,
     terms: float = 0.0,
     **options: Any,
-) -> dict[str, torch.Tensor]:
-    """With cotangents for o and lse."""
-    given = {"return_lse": True, **options}
-    found = law.check(on_cuda, reference.attention, tensors, given, wants=wants, terms=terms)
-    assert any(name.startswith(KERNEL) for name in launched), launched
-    return found
+) -> Tensors:
+    return hopper_calls.holds(KERNEL, launched, tensors, options, wants, terms)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("headdim, headdim_v", [(64, 64), (128, 128), (80, 72), (192, 128), (176, 192), (256, 256)])
 def test_head_dimensions_hold_the_law(headdim, headdim_v, causal, launched):
     dtype = torch.float16 if headdim == 80 else torch.bfloat16
-    holds(qkv(headdim=headdim, headdim_v=headdim_v, dtype=dtype), launched, causal=causal)
+    holds(qkv(SEQLEN_Q, SEQLEN_K, headdim=headdim, headdim_v=headdim_v, dtype=dtype), launched, causal=causal)
 
 
 LENGTHS = [
@@ -115,18 +73,13 @@ def _blocks() -> torch.Tensor:
     mask[..., 128:] = False
     mask[:, 1, :, 96:] = False
     mask[:, :, 5:9] = False
-    return mask.to(DEVICE)
+    return mask
 
 
 def _padding() -> torch.Tensor:
     """Whole blocks of keys are hidden, the first one among them."""
     n = torch.arange(SEQLEN_K)
-    return ((n >= 130) & (n < 190)).expand(1, 1, 1, -1).to(DEVICE)
-
-
-def _bias(*shape: int) -> torch.Tensor:
-    bias = law.randn(*shape, seed=4)
-    return bias.masked_fill(torch.rand(shape) < 0.1, -math.inf).to(DEVICE)
+    return ((n >= 130) & (n < 190)).expand(1, 1, 1, -1)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -134,14 +87,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "wide window": {"window": (150, 20), "causal": True},
     "negative scale": {"scale": -0.2},
     "softcap": {"softcap": 5.0},
-    "alibi": {"alibi_slopes": lambda: torch.tensor([[0.4, 0.01]]).to(DEVICE), "causal": True},
+    "alibi": {"alibi_slopes": torch.tensor([[0.4, 0.01]]), "causal": True},
     "mask": {"mask": _blocks},
     "padding": {"mask": _padding},
     "padding with softcap": {"mask": _padding, "softcap": 5.0, "window": (100, None)},
-    "bias": {"bias": lambda: _bias(1, NHEADS, SEQLEN_Q, SEQLEN_K)},
+    "bias": {"bias": lambda: bias(1, NHEADS, SEQLEN_Q, SEQLEN_K)},
     "dropout": {"dropout_p": 0.3, "causal": True},
     "everything": {
-        "mask": _blocks, "bias": lambda: _bias(SEQLEN_Q, SEQLEN_K), "alibi_slopes": lambda: torch.rand(NHEADS).to(DEVICE),
+        "mask": _blocks, "bias": lambda: bias(SEQLEN_Q, SEQLEN_K), "alibi_slopes": lambda: torch.rand(NHEADS),
         "softcap": 9.0, "dropout_p": 0.2, "window": (120, 50),
     },
 }  # fmt: skip
@@ -149,12 +102,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_holds_the_law(option, launched):
-    options = {name: x() if callable(x) else x for name, x in OPTIONS[option].items()}
-    holds(qkv(), launched, **options)
+    holds(qkv(SEQLEN_Q, SEQLEN_K), launched, **given(OPTIONS[option]))
 
 
 def test_sinks_have_a_gradient(launched):
-    tensors = qkv() | {"sinks": torch.tensor([0.5, -1.0]).to(DEVICE)}
+    tensors = qkv(SEQLEN_Q, SEQLEN_K) | {"sinks": torch.tensor([0.5, -1.0]).to(DEVICE)}
     holds(tensors, launched, (*QKV, "sinks"), terms=1.0, causal="upper_left")
 
 
@@ -162,7 +114,7 @@ def test_sinks_have_a_gradient(launched):
     "shape", [(1, NHEADS, 1, SEQLEN_K), (1, NHEADS, SEQLEN_Q, SEQLEN_K)], ids=["broadcast", "full"]
 )
 def test_a_bias_has_a_gradient(shape, launched):
-    tensors = qkv() | {"bias": law.randn(*shape, seed=4).to(DEVICE)}
+    tensors = qkv(SEQLEN_Q, SEQLEN_K) | {"bias": law.randn(*shape, seed=4).to(DEVICE)}
     holds(tensors, launched, (*QKV, "bias"), terms=8.0, causal=True)
 
 
@@ -176,11 +128,7 @@ def test_a_full_bias_has_a_gradient_together_with_a_softcap(launched):
 def test_packed_sequences_hold_the_law(headdim, launched):
     """Of odd lengths, without queries, without keys."""
     tensors = {name: t[0] for name, t in qkv(230, 300, headdim).items()}
-    cu = {
-        "cu_seqlens_q": torch.tensor([0, 70, 70, 81, 230], dtype=torch.int32).to(DEVICE),
-        "cu_seqlens_k": torch.tensor([0, 130, 140, 140, 300], dtype=torch.int32).to(DEVICE),
-    }
-    holds(tensors, launched, causal=True, **cu)
+    holds(tensors, launched, causal=True, cu_seqlens_q=packed(70, 0, 11, 149), cu_seqlens_k=packed(130, 10, 0, 160))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded"])
@@ -199,14 +147,11 @@ def test_groups_of_heads_and_sequences_hold_the_law(launched):
 def test_what_may_not_be_seen_may_hold_anything(headdim, bad, launched):
     """A poisoned sequence beside a clean one whose last tiles hold rows of both. What is computed again has other roundings."""
     tensors = {name: t[0] for name, t in qkv(140, 200, headdim).items()}
-    cu = {
-        name: torch.tensor([0, x, y], dtype=torch.int32).to(DEVICE)
-        for name, x, y in (("cu_seqlens_q", 40, 140), ("cu_seqlens_k", 40, 200))
-    }
-    clean = law.run(on_cuda, tensors, {"causal": True, **cu}, QKV, ("o",), 0)
+    options = {"causal": True, "cu_seqlens_q": packed(40, 100), "cu_seqlens_k": packed(40, 160)}
+    clean = law.run(on_cuda, tensors, options, QKV, ("o",), 0)
     for t in tensors.values():
         t[40:] = bad
-    found = law.run(on_cuda, tensors, {"causal": True, **cu}, QKV, ("o",), 0)
+    found = law.run(on_cuda, tensors, options, QKV, ("o",), 0)
     assert torch.equal(found["dq"][:40], clean["dq"][:40])
     for name in ("dk", "dv"):
         torch.testing.assert_close(found[name][:40], clean[name][:40], rtol=1e-2, atol=2e-2)
@@ -221,9 +166,9 @@ def test_poison_spoils_what_sees_it_and_no_more(what, launched):
     holds(tensors, launched, causal=True)
 
 
-def _row(headdim: int, headdim_v: int, *ways: str) -> _cuda_bwd_sm90.Row:
+def _row(headdim: int, headdim_v: int, *ways: str) -> tuning_sm90_bwd.Row:
     """Today's row for a band, gone about in these ways."""
-    row = _cuda_bwd_sm90.find(headdim, headdim_v, "plain")
+    row = tuning_sm90_bwd.find(headdim, headdim_v, "plain")
     assert row is not None
     return row._replace(ways=frozenset(ways))
 
@@ -234,13 +179,10 @@ TURNS = [(64, 64, ("ahead",)), (128, 128, ("ahead", "apart", "persistent")), (19
 @pytest.mark.parametrize("headdim, headdim_v, ways", TURNS)
 def test_equal_inputs_give_equal_bits_in_any_order_of_threads(headdim, headdim_v, ways, monkeypatch, launched):
     """Four blocks of keys take turns at each tile of dq."""
-    if DEVICE == "cpu":
-        import emulator
     tensors, found = qkv(200, 500, headdim, headdim_v, nheads=1), []
     for seed in range(3):
-        if DEVICE == "cpu":
-            monkeypatch.setattr(cuda, "emulator", functools.partial(emulator.run, seed=seed))
-        with _cuda_bwd_sm90.tried(_row(headdim, headdim_v, "ordered", *ways)):
+        reorder(monkeypatch, seed)
+        with tuning_sm90_bwd.tried(_row(headdim, headdim_v, "ordered", *ways)):
             found.append(law.run(on_cuda, tensors, {"causal": True}, QKV, ("o",), 0))
     assert all(torch.equal(found[0][f"d{name}"], other[f"d{name}"]) for other in found[1:] for name in QKV)
 
@@ -251,22 +193,18 @@ PERSISTENT = [(128, 128, ("ahead", "ordered", "apart", "persistent")), (192, 128
 @pytest.mark.parametrize("headdim, headdim_v, ways", PERSISTENT)
 def test_a_block_that_does_work_after_work_holds_the_law(headdim, headdim_v, ways, launched):
     """Few blocks for many keys; some keys have no query, some works lie beyond the end of their sequence."""
-    with _cuda_bwd_sm90.tried(_row(headdim, headdim_v, *ways)):
+    with tuning_sm90_bwd.tried(_row(headdim, headdim_v, *ways)):
         holds(qkv(70, 300, headdim, headdim_v, nheads=4, nheads_k=2), launched, causal="upper_left")
         tensors = {name: t[0] for name, t in qkv(230, 300, headdim, headdim_v).items()}
-        cu = {
-            "cu_seqlens_q": torch.tensor([0, 70, 70, 81, 230], dtype=torch.int32).to(DEVICE),
-            "cu_seqlens_k": torch.tensor([0, 130, 140, 140, 300], dtype=torch.int32).to(DEVICE),
-        }
-        holds(tensors, launched, causal=True, **cu)
+        holds(tensors, launched, causal=True, cu_seqlens_q=packed(70, 0, 11, 149), cu_seqlens_k=packed(130, 10, 0, 160))
 
 
 def test_a_call_that_must_be_deterministic_takes_turns(launched):
     row = _row(64, 64, "ahead")
-    with _cuda_bwd_sm90.tried(row):
-        assert _cuda_bwd_sm90.row_of(_spec(64)).ways == row.ways
-        assert _cuda_bwd_sm90.row_of(_spec(64)._replace(deterministic=True)).ways == {"ahead", "ordered"}
-    assert all("ordered" in row.ways for row in _cuda_bwd_sm90.ROWS)
+    with tuning_sm90_bwd.tried(row):
+        assert tuning_sm90_bwd.row_of(_spec(64)).ways == row.ways
+        assert tuning_sm90_bwd.row_of(_spec(64)._replace(deterministic=True)).ways == {"ahead", "ordered"}
+    assert all("ordered" in row.ways for row in tuning_sm90_bwd.ROWS)
 
 
 OTHER_WAYS = [(64, ("ordered",)), (64, ("ahead",)), (128, ("ordered",)), (128, ("ahead", "ordered", "apart"))]
@@ -275,17 +213,17 @@ OTHER_WAYS = [(64, ("ordered",)), (64, ("ahead",)), (128, ("ordered",)), (128, (
 @pytest.mark.parametrize("headdim, ways", OTHER_WAYS)
 def test_other_ways_hold_the_law(headdim, ways, launched):
     """Without turns the sums of dq differ in rounding; the order of the products changes nothing."""
-    tensors, first = qkv(200, 300, headdim), _cuda_bwd_sm90.find(headdim, headdim, "plain")
+    tensors, first = qkv(200, 300, headdim), tuning_sm90_bwd.find(headdim, headdim, "plain")
     assert first is not None
     usual = holds(tensors, launched, causal=True)
     for row in [first._replace(ways=frozenset(ways))]:
-        with _cuda_bwd_sm90.tried(row):
+        with tuning_sm90_bwd.tried(row):
             found = holds(tensors, launched, causal=True)
         same = QKV if "ordered" in ways else ("k", "v")
         assert all(torch.equal(found[f"d{name}"], usual[f"d{name}"]) for name in same)
 
 
-@pytest.mark.parametrize("row", _cuda_bwd_sm90.ROWS, ids=str)
+@pytest.mark.parametrize("row", tuning_sm90_bwd.ROWS, ids=str)
 def test_every_row_fits_a_multiprocessor(row):
     assert row.shared <= 227 << 10
 
@@ -295,7 +233,7 @@ def test_products_are_those_counted_by_hand(headdim):
     """Of each tile: s and dP over the head, dv and dk over the queries, dq over the keys; the first s and dP and the last of the
     others stand outside of the loop."""
     spec = _spec(headdim)
-    row = _cuda_bwd_sm90.row_of(spec)
+    row = tuning_sm90_bwd.row_of(spec)
     kernel = _cuda_bwd_sm90.kernel(spec, row)
     built = audit.audit(kernel, jit.target(kernel, 90))
     a_tile = (row.headdim + row.headdim_v) // 16 + 2 * row.BLOCK_M // 16 + row.BLOCK_N // 16
@@ -307,5 +245,5 @@ def test_products_are_those_counted_by_hand(headdim):
 def _spec(headdim: int) -> Any:
     from fastattn.ops.attention.spec import check_attention
 
-    q, k, v = qkv(headdim=headdim).values()
+    q, k, v = qkv(SEQLEN_Q, SEQLEN_K, headdim=headdim).values()
     return check_attention(q, k, v, *(None,) * 8, None, None, False, None, None, 0.0)

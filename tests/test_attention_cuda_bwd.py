@@ -6,6 +6,7 @@ make whole, masked and skipped ones.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -17,7 +18,7 @@ import pytest
 import torch
 from attention_calls import DEVICE, NHEADS, Calls
 
-from fastattn.ops.attention import _cuda, _cuda_bwd, _reference, attention, reference, tuning_cuda
+from fastattn.ops.attention import _cuda, _reference, attention, reference, tuning_cuda, tuning_cuda_bwd
 from fastattn.runtime import cuda, gpu
 
 EMULATED = DEVICE == "cpu"
@@ -31,19 +32,16 @@ qkv, OPTIONS, with_options = CALLS.qkv, CALLS.options, CALLS.with_options
 
 
 SMALL = {
-    False: _cuda_bwd.Row(0, 256, False, _cuda_bwd.Dkdv(32, 32, 2, 1), "ordered"),
-    True: _cuda_bwd.Row(0, 256, True, _cuda_bwd.Dkdv(32, 32, 1, 2), "ordered"),
+    False: tuning_cuda_bwd.Row(0, 256, False, tuning_cuda_bwd.Dkdv(32, 32, 2, 1), "ordered"),
+    True: tuning_cuda_bwd.Row(0, 256, True, tuning_cuda_bwd.Dkdv(32, 32, 1, 2), "ordered"),
 }
-APART = {False: _cuda_bwd.Dq(32, 32, 2), True: _cuda_bwd.Dq(32, 16, 2)}  # dq in a kernel of its own
-shipped = _cuda_bwd.find
+APART = {False: tuning_cuda_bwd.Dq(32, 32, 2), True: tuning_cuda_bwd.Dq(32, 16, 2)}  # dq in a kernel of its own
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_tiles() -> Iterator[None]:
     """Of the kernels for every GPU, not of Hopper's."""
-    if EMULATED:
-        monkeypatch.setattr(_cuda_bwd, "find", lambda arch, headdim, pairs: SMALL[pairs])
-    with cuda.portable():
+    with cuda.portable(), tuning_cuda_bwd.tried(*SMALL.values()) if EMULATED else contextlib.nullcontext():
         yield
 
 
@@ -69,16 +67,16 @@ def test_option(option: str, dtype: torch.dtype) -> None:
 
 
 @pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def apart() -> Iterator[None]:
     """Two kernels that compute the scores twice."""
-    rows = {pairs: row._replace(dq=APART[pairs]) for pairs, row in SMALL.items()}
-    monkeypatch.setattr(_cuda_bwd, "find", lambda arch, headdim, pairs: rows[pairs])
+    with tuning_cuda_bwd.tried(*(row._replace(dq=APART[pairs]) for pairs, row in SMALL.items())):
+        yield
 
 
 @pytest.fixture
-def unordered(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {pairs: row._replace(dq="unordered") for pairs, row in SMALL.items()}
-    monkeypatch.setattr(_cuda_bwd, "find", lambda arch, headdim, pairs: rows[pairs])
+def unordered() -> Iterator[None]:
+    with tuning_cuda_bwd.tried(*(row._replace(dq="unordered") for row in SMALL.values())):
+        yield
 
 
 @pytest.mark.usefixtures("apart")
@@ -112,8 +110,6 @@ def turns(**options: Any) -> bool:
 @pytest.mark.usefixtures("unordered")
 def test_deterministic_calls_never_add_in_any_order() -> None:
     assert not turns() and not turns(deterministic=False) and turns(deterministic=True)
-    with _cuda_bwd.tried(SMALL[False]._replace(dq="unordered")):
-        assert not turns() and turns(deterministic=True)
     torch.use_deterministic_algorithms(True)
     try:
         assert turns() and not turns(deterministic=False)
@@ -122,7 +118,7 @@ def test_deterministic_calls_never_add_in_any_order() -> None:
 
 
 def test_calls_are_deterministic_unless_a_row_says_otherwise() -> None:
-    assert turns() and all(row.dq != "unordered" for row in (*_cuda_bwd.ROWS, *_cuda_bwd.SEPARATE))
+    assert turns() and all(row.dq != "unordered" for row in (*tuning_cuda_bwd.ROWS, *tuning_cuda_bwd.SEPARATE))
 
 
 _SAME = ({"causal", "window"}, {"bias", "shared_bias"})
@@ -346,10 +342,10 @@ TILES = [(64, 64, 90, False), (96, 96, 80, False), (128, 128, 80, False), (192, 
 
 @pytest.mark.skipif(not EMULATED, reason="a GPU runs its own row")
 @pytest.mark.parametrize("headdim,headdim_v,arch,pairs", TILES)
-def test_shipped_tiles(headdim: int, headdim_v: int, arch: int, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_tiles(headdim: int, headdim_v: int, arch: int, pairs: bool) -> None:
     """What the small tiles do not have: several blocks of 16 rows per warp, panels, the exchange through shared memory."""
-    monkeypatch.setattr(_cuda_bwd, "find", lambda *_: shipped(arch, max(headdim, headdim_v), pairs))
-    holds(qkv(150, 140, headdim, headdim_v, nheads=1), {"causal": True, **({"softcap": 2.0} if pairs else {})})
+    with tuning_cuda_bwd.tried(tuning_cuda_bwd.find(arch, max(headdim, headdim_v), pairs)):
+        holds(qkv(150, 140, headdim, headdim_v, nheads=1), {"causal": True, **({"softcap": 2.0} if pairs else {})})
 
 
 def test_every_call_has_a_row_that_fits() -> None:
@@ -357,8 +353,8 @@ def test_every_call_has_a_row_that_fits() -> None:
         (80, 86, 89, 90, 100, 120), (8, 64, 72, 128, 136, 192, 256), (8, 128, 256), (False, True)
     ):
         limit, heads = gpu.shared_limit(arch), max(headdim, headdim_v)
-        assert heads <= 64 or shipped(arch, heads, pairs).shared > 99 or gpu.shared_limit(arch) >> 10 == 99
-        for row in (shipped(arch, heads, pairs), *_cuda_bwd.candidates(arch, heads, pairs)):
+        assert heads <= 64 or tuning_cuda_bwd.find(arch, heads, pairs).shared > 99 or gpu.shared_limit(arch) >> 10 == 99
+        for row in (tuning_cuda_bwd.find(arch, heads, pairs), *tuning_cuda_bwd.candidates(arch, heads, pairs)):
             assert row.headdim >= heads and row.pairs == pairs and 64 <= row.dkdv.threads <= 256
             assert row.fits(limit, *tuning_cuda.widths(headdim, headdim_v))
-    assert len({row[:3] for row in _cuda_bwd.ROWS}) == len(_cuda_bwd.ROWS)
+    assert len({row[:3] for row in tuning_cuda_bwd.ROWS}) == len(tuning_cuda_bwd.ROWS)

@@ -7,76 +7,39 @@ and every kind of tile occurs. What the emulator cannot run late or early enough
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import re
 from typing import Any
 
+import hopper_calls
 import law
 import pytest
 import torch
+from attention_calls import DEVICE, NHEADS, Tensors
+from hopper_calls import bias, given, noted, on_cuda, packed, qkv, reorder
 
 import fastattn
 from fastattn.ops.attention import reference, tuning_sm90
 from fastattn.runtime import audit, cuda, jit
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if cuda.objections(DEVICE):
-    pytest.skip("; ".join(cuda.objections(DEVICE)), allow_module_level=True)
-if cuda.arch(torch.device(DEVICE)) != 90:
-    pytest.skip("the Hopper forward runs on compute capability 9.0", allow_module_level=True)
-
 KERNEL = "attention_fwd_sm90_kernel"
-NHEADS, NHEADS_K, SEQLEN_Q, SEQLEN_K = 2, 1, 140, 300
+SEQLEN_Q, SEQLEN_K = 140, 300
 
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that the test launches; a test of the law must have met the Hopper forward."""
-    seen: list[str] = []
-    usual = cuda.run
-
-    def run(kernel: cuda.Kernel, *args: Any) -> None:
-        seen.append(str(kernel))
-        usual(kernel, *args)
-
-    monkeypatch.setattr(cuda, "run", run)
-    return seen
+    return noted(monkeypatch)
 
 
-def qkv(
-    seqlen_q: int = SEQLEN_Q,
-    seqlen_k: int = SEQLEN_K,
-    headdim: int = 64,
-    headdim_v: int | None = None,
-    *,
-    batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    layout: str = "contiguous",
-) -> dict[str, torch.Tensor]:
-    kind: dict[str, Any] = {"dtype": dtype, "layout": layout}
-    sizes = (("q", seqlen_q, NHEADS, headdim), ("k", seqlen_k, NHEADS_K, headdim), ("v", seqlen_k, NHEADS_K, headdim_v))
-    return {
-        name: law.randn(batch, seqlen, heads, width or headdim, **kind, seed=i).to(DEVICE)
-        for i, (name, seqlen, heads, width) in enumerate(sizes)
-    }
-
-
-def on_cuda(*args: Any, **kwargs: Any) -> Any:
-    return fastattn.attention(*args, backend="cuda", **kwargs)
-
-
-def holds(tensors: dict[str, torch.Tensor], launched: list[str], **options: Any) -> dict[str, torch.Tensor]:
-    found = law.check(on_cuda, reference.attention, tensors, {"return_lse": True, **options})
-    assert any(name.startswith(KERNEL) for name in launched), launched
-    return found
+def holds(tensors: Tensors, launched: list[str], **options: Any) -> Tensors:
+    return hopper_calls.holds(KERNEL, launched, tensors, options)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("headdim, headdim_v", [(128, 128), (80, 72), (192, 128), (256, 256)])
 def test_head_dimensions_hold_the_law(headdim, headdim_v, causal, launched):
     dtype = torch.float16 if causal else torch.bfloat16
-    holds(qkv(headdim=headdim, headdim_v=headdim_v, dtype=dtype), launched, causal=causal)
+    holds(qkv(SEQLEN_Q, SEQLEN_K, headdim=headdim, headdim_v=headdim_v, dtype=dtype), launched, causal=causal)
 
 
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(1, 1), (1, 239), (64, 64), (65, 1), (203, 129), (257, 100)])
@@ -98,11 +61,6 @@ def _padding() -> torch.Tensor:
     return torch.arange(SEQLEN_K).expand(1, 1, 1, -1) < 77
 
 
-def _bias(*shape: int) -> torch.Tensor:
-    bias = law.randn(*shape, seed=4)
-    return bias.masked_fill(torch.rand(shape) < 0.1, -math.inf)
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"window": (90, 33)},
     "wide window": {"window": (150, 20), "causal": True},
@@ -111,17 +69,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alibi": {"alibi_slopes": torch.tensor([[0.4, 0.01]]), "causal": True},
     "negative scale": {"scale": -0.2},
     "zero scale": {"scale": 0.0},
-    "mask": {"mask": _blocks()},
-    "padding": {"mask": _padding(), "causal": True},
-    "mask per query": {"mask": torch.rand(SEQLEN_Q, 1) < 0.7},
-    "bias": {"bias": _bias(1, NHEADS, SEQLEN_Q, SEQLEN_K + 4).bfloat16()[..., :SEQLEN_K]},
-    "bias of floats": {"bias": _bias(SEQLEN_Q, SEQLEN_K), "causal": True},
-    "bias at odd strides": {"bias": _bias(NHEADS, SEQLEN_Q, SEQLEN_K).bfloat16()},
-    "bias per key": {"bias": _bias(1, 1, 1, SEQLEN_K), "window": (100, 100)},
-    "bias and softcap": {"bias": _bias(NHEADS, 1, SEQLEN_K + 4).bfloat16()[..., :SEQLEN_K], "softcap": 5.0, "scale": -0.1},
+    "mask": {"mask": _blocks},
+    "padding": {"mask": _padding, "causal": True},
+    "mask per query": {"mask": lambda: torch.rand(SEQLEN_Q, 1) < 0.7},
+    "bias": {"bias": lambda: bias(1, NHEADS, SEQLEN_Q, SEQLEN_K + 4).bfloat16()[..., :SEQLEN_K]},
+    "bias of floats": {"bias": lambda: bias(SEQLEN_Q, SEQLEN_K), "causal": True},
+    "bias at odd strides": {"bias": lambda: bias(NHEADS, SEQLEN_Q, SEQLEN_K).bfloat16()},
+    "bias per key": {"bias": lambda: bias(1, 1, 1, SEQLEN_K), "window": (100, 100)},
+    "bias and softcap": {
+        "bias": lambda: bias(NHEADS, 1, SEQLEN_K + 4).bfloat16()[..., :SEQLEN_K], "softcap": 5.0, "scale": -0.1,
+    },
     "dropout": {"dropout_p": 0.3, "causal": True},
     "everything": {
-        "mask": _blocks(), "bias": _bias(SEQLEN_Q, SEQLEN_K), "alibi_slopes": torch.tensor([0.1, 0.3]), "softcap": 9.0,
+        "mask": _blocks, "bias": lambda: bias(SEQLEN_Q, SEQLEN_K), "alibi_slopes": torch.tensor([0.1, 0.3]), "softcap": 9.0,
         "sinks": torch.tensor([0.2, 1.0]), "window": (120, 60), "dropout_p": 0.2,
     },
 }  # fmt: skip
@@ -129,30 +89,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_hold_the_law(name, launched):
-    options = dict(OPTIONS[name])
-    tensors = qkv()
-    for given in ("alibi_slopes", "bias", "sinks"):
-        if given in options:
-            tensors[given] = options.pop(given).to(DEVICE)
-    if "mask" in options:
-        options["mask"] = options["mask"].to(DEVICE)
-    holds(tensors, launched, **options)
-
-
-def _packed(*lengths: int) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+    options = given(OPTIONS[name])
+    tensors = {name: options.pop(name) for name in ("alibi_slopes", "bias", "sinks") if name in options}
+    holds(qkv(SEQLEN_Q, SEQLEN_K) | tensors, launched, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (40, 0)}], ids=str)
 def test_packed_sequences_hold_the_law(options, launched):
     tensors = {name: t[0] for name, t in qkv(70 + 1 + 133, 110 + 5 + 140).items()}
-    cu = {"cu_seqlens_q": _packed(70, 0, 1, 133), "cu_seqlens_k": _packed(110, 5, 0, 140)}
+    cu = {"cu_seqlens_q": packed(70, 0, 1, 133), "cu_seqlens_k": packed(110, 5, 0, 140)}
     holds(tensors, launched, **cu, **options)
 
 
 def test_packed_sequences_of_wide_heads_walk_the_list_that_was_dealt(launched):
     tensors = {name: t[0] for name, t in qkv(70 + 1 + 20, 30 + 5 + 90, headdim=256).items()}
-    holds(tensors, launched, cu_seqlens_q=_packed(70, 0, 1, 20), cu_seqlens_k=_packed(30, 5, 0, 90), causal=True)
+    holds(tensors, launched, cu_seqlens_q=packed(70, 0, 1, 20), cu_seqlens_k=packed(30, 5, 0, 90), causal=True)
     assert not any("kDynamic" in name for name in launched)
 
 
@@ -196,10 +147,9 @@ ROWS = (
 
 @pytest.mark.parametrize("tried", ROWS, ids=str)
 def test_every_way_holds_the_law_in_any_order_of_threads(tried, launched, monkeypatch):
-    tensors, results = qkv(batch=2, dtype=torch.float16), []
+    tensors, results = qkv(SEQLEN_Q, SEQLEN_K, batch=2, dtype=torch.float16), []
     for seed in (1, 2, 3):
-        if DEVICE == "cpu":
-            monkeypatch.setattr(cuda, "emulator", functools.partial(_emulate, seed=seed))
+        reorder(monkeypatch, seed)
         with tuning_sm90.tried(tried):
             results.append(holds(tensors, launched, causal=True))
     assert all(tried.flags in name for name in launched)
@@ -209,7 +159,11 @@ def test_every_way_holds_the_law_in_any_order_of_threads(tried, launched, monkey
 SHARED = {
     "odd number of blocks": (300, 333, {"causal": True}),
     "window": (300, 200, {"window": (60, 10)}),
-    "mask": (300, 333, {"causal": True, "mask": (torch.rand(NHEADS, 300, 333) < 0.5) & (torch.arange(333) % 160 < 60)}),
+    "mask": (
+        300,
+        333,
+        {"causal": True, "mask": lambda: (torch.rand(NHEADS, 300, 333) < 0.5) & (torch.arange(333) % 160 < 60)},
+    ),
     "packed": (
         *(70 + 1 + 133, 110 + 5 + 140),
         {"causal": True, "cu_seqlens_q": (70, 0, 1, 133), "cu_seqlens_k": (110, 5, 0, 140)},
@@ -223,14 +177,13 @@ def test_clusters_hold_the_law(name, nheads_k, launched, monkeypatch):
     """The blocks of a cluster see different tiles, or nothing, and still both load half of each."""
     seqlen_q, seqlen_k, options = SHARED[name]
     tensors = qkv(seqlen_q, seqlen_k)
-    for given in ("k", "v"):
-        tensors[given] = tensors[given].expand(-1, -1, nheads_k, -1).contiguous()
-    options = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    for each in ("k", "v"):
+        tensors[each] = tensors[each].expand(-1, -1, nheads_k, -1).contiguous()
+    options = given(options)
     if name == "packed":
         tensors = {n: t[0] for n, t in tensors.items()}
-        options |= {n: _packed(*x) for n, x in options.items() if n.startswith("cu")}
-    if DEVICE == "cpu":
-        monkeypatch.setattr(cuda, "emulator", functools.partial(_emulate, seed=7))
+        options |= {n: packed(*x) for n, x in options.items() if n.startswith("cu")}
+    reorder(monkeypatch, seed=7)
     with tuning_sm90.tried(row("overlap lazy multicast")):
         holds(tensors, launched, **options)
     assert all("kMulticast" in name for name in launched)
@@ -241,14 +194,8 @@ def test_packed_sequences_and_counters_do_not_share_keys():
     assert shared.fits() and not shared._replace(ways=shared.ways | {"dynamic"}).fits()
     tensors = [torch.empty(256, 2, 64, dtype=torch.bfloat16) for _ in range(3)]
     with cuda.recording(90) as recorded:
-        fastattn.attention(*tensors, cu_seqlens_q=_packed(100, 156), backend="cuda")
+        fastattn.attention(*tensors, cu_seqlens_q=packed(100, 156), backend="cuda")
     assert recorded.launches[0].kernel.cluster == 1 and "kDynamic" in recorded.launches[0].kernel.constants[-2]
-
-
-def _emulate(launch: cuda.Launch, seed: int) -> None:
-    import emulator
-
-    emulator.run(launch, seed=seed)
 
 
 @pytest.mark.parametrize("hidden_by", ["mask", "causal", "length"])
@@ -262,7 +209,7 @@ def test_nan_in_hidden_keys_and_values_does_not_leak(hidden_by, launched):
         options["causal"] = "upper_left"  # queries from `seen` on do see them
     else:
         tensors = {name: t[0] for name, t in tensors.items()}
-        options["cu_seqlens_q"], options["cu_seqlens_k"] = _packed(SEQLEN_Q, 0), _packed(seen, 160 - seen)
+        options["cu_seqlens_q"], options["cu_seqlens_k"] = packed(SEQLEN_Q, 0), packed(seen, 160 - seen)
     holds(tensors, launched, **options)
 
 

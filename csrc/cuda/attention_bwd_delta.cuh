@@ -11,9 +11,10 @@
 #include <tile/sink.cuh>
 #include <tile/softmax.cuh>
 
-// delta = rowsum(dout ∘ o) - dlse and lse · log2 e.
+// delta = rowsum(dout ∘ o) - dlse and lse · log2 e, and zeros where dq will be added up: no launch more for these.
 // A block: 32 queries of one head, eight lanes for each. A packed call is one sequence of total_q rows here.
-// Grid: ceil(seqlen_q / 32) · nheads · batch. No shared memory. Bound by memory: 4 headdim_v + 12 bytes per query.
+// Grid: ceil(seqlen_q / 32) · nheads · batch. No shared memory. Bound by memory: 4 headdim_v + 12 bytes per query,
+// and the zeros, 4 headdim per query on Hopper.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(256, 4) attention_bwd_delta_kernel(const __grid_constant__ AttentionBwdParams p) {
   int blocks = (p.seqlen_q + 31) / 32, rest = static_cast<int>(blockIdx.x) / blocks;
@@ -36,6 +37,9 @@ __global__ void __launch_bounds__(256, 4) attention_bwd_delta_kernel(const __gri
       }
     }
   }
+  const i64 thread = static_cast<i64>(blockIdx.x) * 256 + threadIdx.x, threads = static_cast<i64>(gridDim.x) * 256;
+  for (i64 i = thread; i < p.zero_turns; i += threads) p.dq_turns[i] = 0;
+  for (i64 i = 4 * thread; i < p.zero_sums; i += 4 * threads) store_16(p.dq_sums + i, uint4{});
   sum_lanes(delta, 8);
   if (!exists || part != 0) return;
   i64 to = b * p.row_stride[0] + h * p.row_stride[1] + m;

@@ -15,8 +15,8 @@ struct AttentionBwdParams {
   float* delta;               // the same shape: rowsum(dout ∘ o) - dlse
   void* dq;                   // as q, contiguous
   float* dq_sums;             // dkdv kernel: [batch · nheads · dq_tiles] tiles of dq / scale, as DqTile (tile/bwd_dq.cuh) says
-  int* dq_turns;              // [1 + tiles of dq_sums], 0 at launch: numbers of blocks handed out, then for each tile how many
-                              // blocks of keys have had their turn, the first of which writes; null: dq_sums are 0 at launch,
+  int* dq_turns;              // [1 + tiles of dq_sums], first 0: numbers of blocks handed out, then for each tile how many
+                              // blocks of keys have had their turn, the first of which writes; null: dq_sums are 0 first,
                               // and blocks add in any order
   void* dk;                   // as k, contiguous
   void* dv;                   // as v, contiguous
@@ -35,6 +35,8 @@ struct AttentionBwdParams {
   i64 row_stride[2];                                    // of lse_log2 and delta: batch, head; packed: batch stride 0
   i64 mask_stride[4], bias_stride[4], dbias_stride[4];  // batch, head, query, key; 0 where it broadcasts
   i64 alibi_stride;                                     // batch; 0 where it broadcasts
+  i64 zero_turns, zero_sums;                            // so many of dq_turns and dq_sums the delta kernel makes 0, for whichever
+                                                        // kernel adds dq up; a multiple of 4 of the latter
   int batch, nheads, nheads_k, headdim, headdim_v;
   int seqlen_q, seqlen_k;       // packed: the longest sequence
   int left, right;              // query m sees keys from its diagonal - left to + right; at most seqlen_q + seqlen_k

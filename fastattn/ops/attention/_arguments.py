@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from typing import Any
 
 import torch
@@ -18,17 +16,6 @@ def strides(t: Tensor) -> tuple[int, int, int]:
     """Strides over batch, seqlen and head."""
     s = t.stride()
     return (s[0], s[1], s[2]) if len(s) == 4 else (0, s[0], s[1])
-
-
-def rows_aligned(t: Tensor) -> bool:
-    """Does every row of a tensor of 16-bit elements start at a multiple of 16 bytes?"""
-    strides = t.stride()
-    odd = strides[0] | strides[1] | strides[2] if len(strides) == 4 else strides[0] | strides[1]
-    if odd & 7:  # the stride of a dimension with one entry may be anything
-        odd = functools.reduce(
-            operator.or_, (n for n, size in zip(strides[:-1], t.shape[:-1], strict=True) if size > 1), 0
-        )
-    return not (odd & 7 or t.data_ptr() & 15)
 
 
 def pair_strides(t: Tensor | None) -> tuple[int, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fastattn.ops.attention import tuning
 from fastattn.ops.attention._arguments import SMALLEST_SCALE
+from fastattn.ops.attention._cuda_hopper import flags
+from fastattn.ops.attention._trial import Trial
 
 WAYS = ("overlap", "pingpong", "lazy", "polynomial", "dynamic", "apart", "multicast")
 _SHARED_LIMIT = 227 << 10  # bytes a block may have; two blocks share 228 KB, 1 KB of each is the system's
@@ -22,7 +22,7 @@ class Row(NamedTuple):
 
     kind    dense, band: as in `tuning`; general: softcap, ALiBi or a scale that is not positive; pairs: mask, dropout; bias: a
             bias; mixed: a bias with mask or dropout; short: none of the latter four, and at most 64 queries
-    ways    how it goes about it, of WAYS; csrc/cuda/attention_fwd_sm90.cuh says what each means
+    ways    how it goes about it, of WAYS; csrc/cuda/tile/plan_sm90.cuh says what each means
     """
 
     headdim: int
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     @property
     def flags(self) -> str:
         """The template argument kWays."""
-        return " | ".join(_CPP_WAYS[way] for way in WAYS if way in self.ways) or "0"
+        return flags(*((_CPP_WAYS[way], way in self.ways) for way in WAYS))
 
     @property
     def threads(self) -> int:
@@ -106,18 +106,7 @@ ROWS = (
     *_rows("short", (64, 128, 2), (64, 96, 2), (64, 80, 2), (64, 64, 2), (64, 48, 2), (64, 64, 2)),
 )
 
-_trial: Row | None = None
-
-
-@contextlib.contextmanager
-def tried(row: Row) -> Iterator[None]:
-    """Within the block every call of the Hopper forward uses `row`, which must cover its heads."""
-    global _trial
-    before, _trial = _trial, row
-    try:
-        yield
-    finally:
-        _trial = before
+tried = Trial()
 
 
 def heads_of(headdim: int, headdim_v: int) -> tuple[int, int] | None:
@@ -143,8 +132,8 @@ def find(headdim: int, headdim_v: int, kind: str) -> Row:
 
 def row_of(spec: Any) -> Row:
     """The row of a call that the Hopper forward takes."""
-    if _trial is not None:
-        return _trial
+    if tried.rows:
+        return tried.rows[0]
     row = find(spec.headdim, spec.headdim_v, kind_of(spec))
     if spec.packed:  # lengths that the host does not know
         # the counter's ring takes registers, of which three consumers have few, and two with 256 columns of o none: those
