@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,38 @@ def test_shared_memory_and_barriers_are_counted(probe_sources: Path, target):  #
     assert built.shared == 1024 + 2048 and built.barriers == 5 and built.count("BAR")
 
 
+ROLES = """#include <probe_params.h>
+template <class T, int kRaised>
+__global__ void __launch_bounds__(512, 1) probe_kernel(const __grid_constant__ ProbeParams p) {
+  T* out = const_cast<T*>(p.b) + threadIdx.x;
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    for (int turn = 0; turn < p.rows; ++turn) *out += p.a[turn];
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRaised));
+    T value[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) value[i] = p.a[threadIdx.x * 64 + i];
+    for (int turn = 0; turn < p.rows; ++turn)
+#pragma unroll
+      for (int i = 0; i < 64; ++i) value[i] = value[i] * value[(i * 7 + 3) % 64] + p.scale;
+#pragma unroll
+    for (int i = 0; i < 64; ++i) out[i] = value[i];
+  }
+}
+"""
+
+
+def test_the_registers_of_roles_are_read_and_must_be_there(probe_sources: Path):  # noqa: F811
+    (probe_sources / "probe.cuh").write_text(ROLES)
+    kernels = (dataclasses.replace(probe("float", count), threads=512) for count in ("160", "168"))
+    fitting, greedy = (audit.audit(kernel, "sm_90a") for kernel in kernels)
+    lowered, raised = sorted(fitting.roles)
+    assert lowered.budget == 24 and lowered.used <= 24 and raised.budget == 160 and 64 < raised.used <= 160
+    assert fitting.registers == 128 and fitting.faults() == []
+    assert greedy.faults() == ["its warpgroups ask for 67584 registers, the block has 65536"]
+
+
 def _made(target: str = "sm_80", **facts: Any) -> audit.Audited:
     opcodes = collections.Counter({"HMMA.16816.F32": 3, "HMMA.1688.F32": 1, "LDSM.16.M88.4": 2})
     numbers = {"threads": 128, "registers": 128, "stack": 0, "shared": 0, "barriers": 1} | facts
@@ -132,6 +165,7 @@ def test_opcodes_are_counted_by_whole_parts_of_their_names():
         ({"threads": 384, "registers": 176}, "384 threads of 176 registers"),
         ({"stack": 8}, "it spills"),
         ({"barriers": 17}, "17 barriers"),
+        ({"roles": (audit.Role(False, 24, 26),)}, "a role of 24 registers uses 26"),
         ({"log": "wgmma is\n serialized"}, "the compiler says: wgmma is serialized"),
     ],
 )

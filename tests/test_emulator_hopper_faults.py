@@ -43,6 +43,12 @@ def neighbours(fault: int, seed: int = 0) -> None:
     assert out.tolist() == [2, 1]
 
 
+def hand_over(fault: int, seed: int = 0) -> None:
+    out = torch.zeros(32, dtype=torch.int32)
+    trial("hand_over_kernel", out, file=FILE, threads=64, shared=32, n=40, fault=fault, seed=seed)
+    assert out.tolist() == [sum(range(40))] * 32
+
+
 def registers(fault: int, seed: int = 0, threads: int = 256) -> None:
     out = torch.zeros(2)
     trial("registers_kernel", out, file=FILE, threads=threads, fault=fault, seed=seed)
@@ -50,7 +56,7 @@ def registers(fault: int, seed: int = 0, threads: int = 256) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("run", [product, plain_product, neighbours, registers])
+@pytest.mark.parametrize("run", [product, plain_product, neighbours, hand_over, registers])
 def test_without_a_mistake_they_pass(run: Any, seed: int) -> None:
     run(0, seed)
     if run is neighbours:
@@ -106,6 +112,13 @@ MISTAKES = {
     "warps of a group raise at two places": (registers, 5, "change their registers at different places"),
     "a lane leaves before the cluster's barrier": (neighbours, 6, "needs all 32 lanes|exits while"),
     "missing cluster_sync": (neighbours, 1, "never written|race: reads"),
+    "two arrivals at the cluster's barrier": (neighbours, 7, "cluster_arrive twice without cluster_wait"),
+    "two waits at the cluster's barrier": (neighbours, 8, "cluster_wait without cluster_arrive"),
+    "a lane frees a slot that others still wait for": (
+        hand_over,
+        1,
+        "a full turn to phase|deadlock.*mbarrier_wait for",
+    ),
     "no such block in the cluster": (neighbours, 2, "load_cluster from block 2 of a cluster of 2"),
 }
 

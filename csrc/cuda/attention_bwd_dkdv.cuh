@@ -370,6 +370,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsD, 1)
   }
   T* dk_rows = row_of<T>(p.dk, p.dk_stride, first.b, first.first_k, first.h_k, n0);
   T* dv_rows = row_of<T>(p.dv, p.dv_stride, first.b, first.first_k, first.h_k, n0);
-  store_rows<kThreads, BLOCK_N, D>(dk_rows, p.dk_stride[1], k_smem, limit, p.headdim, threadIdx.x);
-  store_rows<kThreads, BLOCK_N, DV>(dv_rows, p.dv_stride[1], v_smem, limit, p.headdim_v, threadIdx.x);
+  const int thread = opaque(static_cast<int>(threadIdx.x));  // what the copies made of it is not kept until here
+  store_rows<kThreads, BLOCK_N, D>(dk_rows, p.dk_stride[1], k_smem, limit, p.headdim, thread);
+  store_rows<kThreads, BLOCK_N, DV>(dv_rows, p.dv_stride[1], v_smem, limit, p.headdim_v, thread);
 }

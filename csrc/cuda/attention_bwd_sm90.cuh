@@ -3,7 +3,8 @@
 // which draw one work of these after another. A block keeps its k and v and walks over the queries that see them, last tile first,
 // for each query head of the group. It is a producer warpgroup (warp 0 loads q, dout and their rows of lse and delta; warp 1, or
 // one for each consumer, adds tiles of dq to dq_sums; warp 3 draws works) and two or three consumers, who divide the products as
-// tile/plan_bwd_sm90.cuh says. This file has the consumer of the narrow and the wide plan, tile/thirds_bwd_sm90.cuh the other.
+// tile/plan_bwd_sm90.cuh says. This file has the consumer of the narrow and the wide plan, tile/thirds_bwd_sm90.cuh the other,
+// tile/consumer_bwd_sm90.cuh what they share.
 // Shared memory: BwdPlan::kBytes (155 to 219 KB): k, v, two stages of q and one or two of dout, dS (and P), a slab of dq of each
 // consumer, where dv and dk pass through at the end. Registers of a consumer: dk, dv, dq, scores and dP: 128 + 96 of 240 at headdim
 // 128. Bound by shared memory's bandwidth, closely followed by the tensor cores (2 (3 headdim + 2 headdim_v) flops per pair):
@@ -19,10 +20,12 @@
 #include <ptx/mbarrier.cuh>
 #include <ptx/memory.cuh>
 #include <ptx/named_barrier.cuh>
+#include <ptx/opaque.cuh>
 #include <ptx/registers.cuh>
 #include <ptx/tma.cuh>
 #include <ptx/wgmma.cuh>
 #include <tile/bwd_sm90.cuh>
+#include <tile/consumer_bwd_sm90.cuh>
 #include <tile/copy.cuh>
 #include <tile/lost_bwd_sm90.cuh>
 #include <tile/plan_bwd_sm90.cuh>
@@ -38,11 +41,12 @@ template <class T, class P, int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N
 __forceinline__ void differentiate(const Params& p, u8* memory, const BwdWork& work, typename P::Ring& ring, int group) {
   constexpr int kAll = 128 * P::kConsumers;
   using DsTile = TileLayout<BLOCK_N, BLOCK_M>;
-  const int thread = unprepared(threadIdx.x) - 128, lane = thread & 31, warp = thread / 32 % 4;
+  const int thread = opaque(threadIdx.x) - 128, lane = thread & 31, warp = thread / 32 % 4;
   const int row = (P::kWide ? 0 : 64 * group) + 16 * warp, column = P::kWide ? P::kQueries * group : 0;  // of this warp's scores
   const float* rows = reinterpret_cast<const float*>(memory + P::kAtRows) + column + 2 * (lane & 3);
   u64* barriers = P::barriers(memory);
   u8* lost = memory + P::kAtLost;
+  const int key = row + lane / 4, query = column + 2 * (lane & 3);  // this thread's first ones
   const int ds_at = pairs_at<DsTile>(row, column / 8);
 
   float dk[P::kColumns / 2] = {}, dv[P::kColumnsV / 2] = {}, dq[32 * P::kRounds], s[P::kQueries / 2], dp[P::kQueries / 2];
@@ -51,35 +55,17 @@ __forceinline__ void differentiate(const Params& p, u8* memory, const BwdWork& w
 
   // How far this consumer's operand lies behind what is the same for both.
   constexpr int kKeyRows = P::kWide ? 0 : 64 * 128, kQueryRows = P::kWide ? P::kQueries * 128 : 0;
-  auto own = [&](int bytes) { return unprepared(group * bytes); };
+  auto own = [&](int bytes) { return opaque(group * bytes); };
 
   auto issue_s = [&] {
     mbarrier_wait(barriers + P::kQFull + ring.q_slot(), ring.q_parity());
-    const u64 a = wgmma_k_major(memory + own(kKeyRows));
-    const u64 b = wgmma_k_major(memory + P::kAtQ + ring.q_slot() * P::kQ + own(kQueryRows));
-    forget(s);
-    wgmma_pin(s);
-    wgmma_fence();
-#pragma unroll
-    for (int d = 0; d < HEADDIM; d += 16) {
-      wgmma_ss<T, 0, 0>(s, wgmma_advance(a, d / 64 * P::kPanelN + d % 64 * 2), wgmma_advance(b, d / 64 * P::kPanelM + d % 64 * 2),
-                        d > 0);
-    }
-    wgmma_commit();
+    issue_pairs<T, HEADDIM, P::kPanelN, P::kPanelM>(s, memory + own(kKeyRows),
+                                                    memory + P::kAtQ + ring.q_slot() * P::kQ + own(kQueryRows));
   };
   auto issue_dp = [&] {
     mbarrier_wait(barriers + P::kDoutFull + ring.dout_slot(), ring.dout_parity());
-    const u64 a = wgmma_k_major(memory + P::kAtV + own(kKeyRows));
-    const u64 b = wgmma_k_major(memory + P::kAtDout + ring.dout_slot() * P::kDout + own(kQueryRows));
-    forget(dp);
-    wgmma_pin(dp);
-    wgmma_fence();
-#pragma unroll
-    for (int d = 0; d < HEADDIM_V; d += 16) {
-      wgmma_ss<T, 0, 0>(dp, wgmma_advance(a, d / 64 * P::kPanelN + d % 64 * 2), wgmma_advance(b, d / 64 * P::kPanelM + d % 64 * 2),
-                        d > 0);
-    }
-    wgmma_commit();
+    issue_pairs<T, HEADDIM_V, P::kPanelN, P::kPanelM>(dp, memory + P::kAtV + own(kKeyRows),
+                                                      memory + P::kAtDout + ring.dout_slot() * P::kDout + own(kQueryRows));
   };
   // sum [64 keys, columns] += a [64, BLOCK_M] · tile [BLOCK_M, columns]: a in registers, or in shared memory for half of the
   // columns.
@@ -99,34 +85,19 @@ __forceinline__ void differentiate(const Params& p, u8* memory, const BwdWork& w
   };
 
   const bool hides = kPairs != 0 || work.hides != 0;
-  mbarrier_wait(barriers + P::kKFull, work.parity<P::kIsPersistent>());
-  if (hides) {
-    keep_finite<T, P::kK, kAll>(memory, thread);
-    fence_async_shared();
-    named_barrier_sync(kConsumerBarrier, kAll);
-  }
+  take_keys<T, P>(memory, work, hides, thread);
 
   // Each turn of the loop begins with P of its tile packed and dP finished, and ends with those of the next one. In between, the
   // products queue up: dv, dq, dk, the next scores, the next dP.
   Seen<P::kQueries / 2> seen;
-  auto see = [&] {
-    const int m0 = P::place(memory, ring.q_slot()).m0;
-    return seen_by_position<P::kQueries / 2, true>(p, work.first, work.n0 + row + lane / 4, m0 + column + 2 * (lane & 3));
-  };
-  auto soften = [&] {  // the scores have come
-    const OfColumns lse = {rows + ring.q_slot() * BLOCK_M};
-    if constexpr (kPairs != 0) {
-      const TilePlace place = P::place(memory, ring.q_slot());
-      Sequence sequence = work.first;
-      sequence.h += place.g;
-      const int n = work.n0 + row + lane / 4, m = place.m0 + column + 2 * (lane & 3);
-      seen = see();
-      pair_probabilities<T, kPairs>(s, derivatives, weights, seen, p, sequence, score_rule(p, sequence), lse, n, m);
-    } else {
-      probabilities(s, p.scale * kLog2e, lse);
-      if (P::place(memory, ring.q_slot()).whole == 0) hide(s, see());
-      pack_pairs<T>(weights, s);
-    }
+  auto finish = [&] {  // P of the tile whose scores and dP were issued
+    wgmma_wait<1>();
+    wgmma_pin(s);
+    const u32 slot = ring.q_slot();
+    tile_probabilities<T, kPairs>(s, derivatives, weights, seen, p, work, P::place(memory, slot), OfColumns{rows + slot * BLOCK_M},
+                                  key, query);
+    wgmma_wait<0>();
+    wgmma_pin(dp);
   };
   auto step = [&](auto is_last) {
     constexpr bool kLast = decltype(is_last)::value, kIsAhead = (kWays & kAhead) != 0 && !kLast;
@@ -138,25 +109,16 @@ __forceinline__ void differentiate(const Params& p, u8* memory, const BwdWork& w
     const u8 *q_tile = memory + P::kAtQ + q_slot * P::kQ, *dout_tile = memory + P::kAtDout + dout_slot * P::kDout;
     u8* ds_tile = memory + P::kAtDs + ring.step % P::kStagesDs * P::kDs;
     if constexpr (P::kWide) {
-      put_pairs<DsTile>(memory + P::kAtP, weights, unprepared(ds_at));
+      put_pairs<DsTile>(memory + P::kAtP, weights, opaque(ds_at));
     } else {
       wgmma_pin(weights);
       wgmma_pin(dv);
       wgmma_fence();
       issue_sum(dv, weights, nullptr, dout_tile);
     }
-    if constexpr (kPairs != 0) {
-      const TilePlace place = P::place(memory, q_slot);
-      Sequence sequence = work.first;
-      sequence.h += place.g;
-      pair_gradients<kPairs>(dp, s, derivatives, seen, p, sequence, delta, work.n0 + row + lane / 4,
-                             place.m0 + column + 2 * (lane & 3));
-    } else {
-      score_gradients(dp, s, delta);
-      if (P::place(memory, q_slot).whole == 0) hide(dp, see());
-    }
+    tile_gradients<kPairs>(dp, s, derivatives, seen, p, work, P::place(memory, q_slot), delta, key, query);
     pack_pairs<T>(ds, dp);
-    put_pairs<DsTile>(ds_tile, ds, unprepared(ds_at));
+    put_pairs<DsTile>(ds_tile, ds, opaque(ds_at));
     fence_async_shared();
     named_barrier_sync(kConsumerBarrier, kAll);
 
@@ -175,8 +137,8 @@ __forceinline__ void differentiate(const Params& p, u8* memory, const BwdWork& w
     const u64 ds_columns = wgmma_mn_major(ds_tile + own(kSplitsRows ? P::kPanelN : 0), P::kPanelN);
     const u64 k_columns = wgmma_mn_major(memory + own(kSplitsRows ? 0 : P::kPanelN), (kSplitsRows ? 1 : 2) * P::kPanelN);
 #pragma unroll
-    for (int key = 0; key < BLOCK_N; key += 16) {
-      wgmma_ss<T, 1, 1>(dq, wgmma_advance(ds_columns, key * 128), wgmma_advance(k_columns, key * 128), key > 0);
+    for (int n = 0; n < BLOCK_N; n += 16) {
+      wgmma_ss<T, 1, 1>(dq, wgmma_advance(ds_columns, n * 128), wgmma_advance(k_columns, n * 128), n > 0);
     }
     wgmma_commit();
     issue_sum(dk, ds, ds_tile, q_tile);
@@ -200,35 +162,10 @@ __forceinline__ void differentiate(const Params& p, u8* memory, const BwdWork& w
     if constexpr (!kLast) {
       if constexpr (!kIsAhead) issue_s();
       issue_dp();
-      wgmma_wait<1>();
-      wgmma_pin(s);
-      soften();
-      wgmma_wait<0>();
-      wgmma_pin(dp);
+      finish();
     }
   };
-  if (work.steps > 0) {
-    const int last = ring.step + work.steps - 1;
-    issue_s();
-    mbarrier_wait(barriers + P::kVFull, work.parity<P::kIsPersistent>());
-    issue_dp();
-    wgmma_wait<1>();
-    wgmma_pin(s);
-    soften();
-    wgmma_wait<0>();
-    wgmma_pin(dp);
-#pragma unroll 1
-    while (ring.step < last) step(Constant<false>{});
-    step(Constant<true>{});
-    named_barrier_sync(kDqDone + group % P::kAdders, P::kServed + 32);  // dv and dk take dq's place
-  } else {
-    mbarrier_wait(barriers + P::kVFull, work.parity<P::kIsPersistent>());
-    __syncwarp();
-    if (P::kIsPersistent && lane == 0) {
-      mbarrier_arrive(barriers + P::kVEmpty);
-      mbarrier_arrive(barriers + P::kKEmpty);
-    }
-  }
+  walk_tiles<P>(barriers, work, ring, group, issue_s, issue_dp, finish, step);
 
   if (hides) mark_lost(lost + (P::kWide ? BLOCK_N * group : 0) + row, dk, dv);
 #pragma unroll
@@ -268,9 +205,9 @@ __forceinline__ void differentiate(const Params& p, u8* memory, const BwdWork& w
   if (!hides) return;
   named_barrier_sync(kConsumerBarrier, kAll);
 #pragma unroll 1
-  for (int key = thread / 32; key < work.n1 - work.n0; key += kAll / 32) {
-    if (lost[key] != 0 || (P::kWide && lost[BLOCK_N + key] != 0)) {
-      key_again<T, (HEADDIM > HEADDIM_V ? HEADDIM : HEADDIM_V)>(p, first, work.n0 + key);
+  for (int n = thread / 32; n < work.n1 - work.n0; n += kAll / 32) {
+    if (lost[n] != 0 || (P::kWide && lost[BLOCK_N + n] != 0)) {
+      key_again<T, (HEADDIM > HEADDIM_V ? HEADDIM : HEADDIM_V)>(p, first, work.n0 + n);
     }
   }
 }
@@ -300,7 +237,9 @@ __global__ void __launch_bounds__(BwdPlan<HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, 
     mbarrier_arrive(barriers + P::kWorkFull);
   }
   __syncthreads();
-  if (works[0].n0 < 0) return;
+  const bool idle = works[0].n0 < 0;
+  if constexpr (kRepeats) __syncthreads();  // all have looked before the place is drawn into again
+  if (idle) return;
   if constexpr (kSkips) find_shown<BLOCK_M, P::kFlags>(p, works[0], memory + P::kAtFlags);
 
   // The producer's warps do the block's works one by one: does(work, ring).

@@ -9,7 +9,6 @@
 #include <attention_sm90_params.h>
 
 #include <ptx/cluster.cuh>
-#include <ptx/convert.cuh>
 #include <ptx/core.cuh>
 #include <ptx/fence.cuh>
 #include <ptx/mbarrier.cuh>
@@ -18,232 +17,20 @@
 #include <ptx/registers.cuh>
 #include <ptx/tma.cuh>
 #include <ptx/wgmma.cuh>
-#include <tile/band.cuh>
 #include <tile/bias_sm90.cuh>
 #include <tile/epilogue_sm90.cuh>
 #include <tile/lost_sm90.cuh>
 #include <tile/mask_sm90.cuh>
 #include <tile/philox.cuh>
+#include <tile/plan_sm90.cuh>
 #include <tile/products_sm90.cuh>
 #include <tile/ring_sm90.cuh>
+#include <tile/roles_sm90.cuh>
 #include <tile/schedule_sm90.cuh>
 #include <tile/score.cuh>
+#include <tile/score_sm90.cuh>
 #include <tile/sequence.cuh>
 #include <tile/softmax_sm90.cuh>
-
-// How a specialisation goes about it; results differ in rounding at most.
-constexpr u32 kOverlap = 1;     // the scores of the next tile are under way during this one's softmax
-constexpr u32 kPingPong = 2;    // consumers take turns at the tensor cores
-constexpr u32 kLazy = 4;        // o is rescaled only when a maximum grew by 2^8
-constexpr u32 kPolynomial = 8;  // a quarter of the exponentials on the FMA pipes
-constexpr u32 kDynamic = 16;    // work is handed out by a counter
-constexpr u32 kApart = 32;      // o is staged in its own memory, not in q's, so that the next q can come early
-constexpr u32 kMulticast = 64;  // two blocks of a cluster need the same k and v, and each loads half of every tile for both
-// What a specialisation can do beyond scale, band, packed sequences and sinks.
-constexpr u32 kGeneral = 1;  // softcap, ALiBi, or a scale that is not positive: scores are finished before the maximum
-constexpr u32 kMask = 2;
-constexpr u32 kBias = 4;  // an additive bias; without kTile with kGeneral and element by element: where TMA cannot read it
-constexpr u32 kDropout = 8;
-constexpr u32 kTile = 16;  // with kBias: by TMA, in tiles
-constexpr u32 kRow = 32;   // with kTile: all queries share one row
-constexpr u32 kWide = 64;  // with kTile: of floats, else of q's type
-
-template <int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N, int kStages, u32 kWays, u32 kPairs>
-struct Plan {
-  static constexpr bool kHas(u32 way) { return (kWays & way) != 0; }
-  static constexpr bool kMasked = (kPairs & kMask) != 0, kBiased = (kPairs & kTile) != 0;
-  using Bias = BiasTile<BLOCK_M, BLOCK_N, (kPairs & kRow) != 0, (kPairs & kWide) != 0>;
-  static constexpr int kGroups = BLOCK_M / 64;  // consumer warpgroups
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kBlocks = kGroups == 1 && HEADDIM_V <= 192 ? 2 : 1;  // per multiprocessor
-  static constexpr bool kBusy = (kPairs & kBias) != 0 || kHas(kMulticast);  // the producer has more to remember
-  // Registers that each consumer gives to the producer, to search the mask and for the above.
-  static constexpr int kGiven = (kMasked ? (kGroups == 1 ? 16 : 8) : 0) + (kBusy && kGroups < 3 ? 8 : 0);
-  static constexpr int kProducerRegisters = (kGroups == 3 ? 32 : 24) + kGroups * kGiven;
-  static constexpr int kConsumerRegisters = (kGroups == 1 ? 232 : kGroups == 2 ? 240 : 160) - kGiven;
-  static constexpr int kCluster = kHas(kMulticast) ? 2 : 1, kPart = BLOCK_N / kCluster;  // blocks; rows of a tile that one loads
-
-  static constexpr int kPanels = (HEADDIM + 63) / 64, kPanelsV = (HEADDIM_V + 63) / 64;
-  static constexpr int kPanelQ = 64 * 128, kPanelK = BLOCK_N * 128;  // bytes
-  static constexpr int kLoadQ = kPanels * kPanelQ, kLoadK = kPanels * kPanelK, kLoadV = kPanelsV * kPanelK;
-  static constexpr int kO = kPanelsV * kPanelQ;                              // of one consumer
-  static constexpr int kQ = kHas(kApart) || kLoadQ > kO ? kLoadQ : kO;       // of one consumer
-  static constexpr int kAtK = kGroups * kQ, kAtV = kAtK + kStages * kLoadK;  // offsets
-  static constexpr int kAtO = kAtV + kStages * kLoadV;
-  static constexpr int kAtBias = kAtO + (kHas(kApart) ? kGroups * kO : 0);
-  static constexpr int kAtBarriers = kAtBias + (kBiased ? kStages * Bias::kBytes : 0);
-  static constexpr int kBarriers = 6 * kStages + 2 * kGroups + 2 * DynamicSchedule::kSlots;
-  static constexpr int kAtNumbers = kAtBarriers + 8 * kBarriers;  // of work and, with kMask, of tiles
-  static constexpr int kBytes = kAtNumbers + 4 * (DynamicSchedule::kSlots + kStages);
-  static_assert(BLOCK_M % 64 == 0 && kGroups <= 3 && BLOCK_N % 16 == 0 && BLOCK_N <= 256 && HEADDIM % 16 == 0, "");
-  static_assert(kBytes <= 227 * 1024 / kBlocks - 1024 * (kBlocks - 1), "");
-  static_assert(!kHas(kMulticast) || !kHas(kDynamic), "the blocks of a cluster would have to agree on what was drawn");
-};
-
-// Named barriers: 0 is __syncthreads's.
-constexpr u32 kTurnBarrier = 1;   // + consumer: its turn to multiply
-constexpr u32 kStageBarrier = 4;  // + consumer: among its own threads
-
-// The tiles of keys that a piece of work sees, numbered 0 … count - 1 from key lo on. Of them the 64 rows from m0 on see
-// [seen_first, seen_end), and [whole_first, whole_end) as a whole.
-struct Tiles {
-  int lo, count, seen_first, seen_end, whole_first, whole_end;
-};
-template <int BLOCK_N, class Params>
-__forceinline__ Tiles tiles_of(const Params& p, const Sequence& s, const Work& work, int m0) {
-  Range piece = key_range<BLOCK_N>(p, s, work.first, min(work.first + work.rows, s.seqlen_q));
-  Range rows = key_range<BLOCK_N>(p, s, m0, min(m0 + 64, s.seqlen_q));
-  auto within = [](int low, int x, int high) { return max(low, min(x, high)); };
-  Tiles t;
-  t.lo = piece.lo;
-  t.count = max(0, (piece.hi - t.lo + BLOCK_N - 1) / BLOCK_N);
-  t.seen_first = within(0, (rows.lo - t.lo) / BLOCK_N, t.count);
-  t.seen_end = within(t.seen_first, m0 < s.seqlen_q ? (rows.hi - t.lo + BLOCK_N - 1) / BLOCK_N : 0, t.count);
-  t.whole_end = within(t.seen_first, max(0, rows.whole_hi - t.lo) / BLOCK_N, t.seen_end);
-  t.whole_first = within(t.seen_first, (max(0, rows.whole_lo - t.lo) + BLOCK_N - 1) / BLOCK_N, t.whole_end);
-  return t;
-}
-
-// k and v of every tile, last tile first, by a warp; k is one tile ahead of v, as consumers ask for them, and a bias comes behind
-// both, as it is needed last. With kMask, tiles that the mask hides are left out: the slots of k come with the numbers of their
-// tiles, and one without keys, -1, ends the work. rank: of this block in its cluster.
-template <class P, int BLOCK_M, int BLOCK_N, class Ring, class Next, class Params>
-__forceinline__ void load_keys(const Params& p, u8* memory, Ring keys, Ring values, Ring biases, int* numbers, int rank,
-                               Next next) {
-  const bool first = threadIdx.x % 32 == 0;
-  auto fill = [&](Ring& ring, const TensorMap& map, u8* slots, int bytes, int n, const Sequence& s) {
-    u64* full = &ring.full[ring.slot];
-    mbarrier_arrive_expect(full, bytes);
-    n += s.first_k + rank * P::kPart;
-    for (int panel = 0; panel < bytes / P::kPanelK; ++panel) {
-      u8* to = slots + ring.slot * bytes + panel * P::kPanelK + rank * P::kPart * kPanelRow;
-      int b = p.cu_seqlens_q != nullptr ? 0 : s.b;
-      if constexpr (P::kCluster > 1) {
-        tma_load_multicast(to, map, full, (1 << P::kCluster) - 1, 64 * panel, n, s.h_k, b);
-      } else {
-        tma_load(to, map, full, 64 * panel, n, s.h_k, b);
-      }
-    }
-  };
-  for (int i; (i = next()) >= 0;) {
-    Work work = work_of<BLOCK_M, P::kCluster>(p, i, rank);
-    Sequence s = sequence_of(p, work.b, work.h);
-    if (work.first >= s.seqlen_q) continue;
-    Tiles tiles = tiles_of<BLOCK_N>(p, s, work, work.m0);
-    auto fill_keys = [&](int j) {
-      if (first) {
-        keys.await_empty();
-        if constexpr (P::kMasked) numbers[keys.slot] = j;
-        if (j >= 0) {
-          fill(keys, p.k_map, memory + P::kAtK, P::kLoadK, tiles.lo + j * BLOCK_N, s);
-        } else {
-          mbarrier_arrive(&keys.full[keys.slot]);
-        }
-      }
-      keys.advance();
-    };
-    auto fill_values = [&](int j) {
-      if (first) {
-        values.await_empty();
-        fill(values, p.v_map, memory + P::kAtV, P::kLoadV, tiles.lo + j * BLOCK_N, s);
-      }
-      values.advance();
-    };
-    auto fill_bias = [&](int j) {
-      using Bias = typename P::Bias;
-      if (first) {
-        biases.await_empty();
-        u64* full = &biases.full[biases.slot];
-        mbarrier_arrive_expect(full, Bias::kLoad);
-        u8* slot = memory + P::kAtBias + biases.slot * Bias::kBytes;
-        int h = p.bias_stride[1] != 0 ? s.h : 0, b = p.bias_stride[0] != 0 ? s.b : 0;
-        for (int box = 0; box < Bias::kLoad / Bias::kBox; ++box) {
-          tma_load(slot + box * Bias::kBox, p.bias_map, full, tiles.lo + j * BLOCK_N + box * (Bias::kSpan / Bias::kItem),
-                   Bias::kOneRow ? 0 : work.m0, h, b);
-        }
-      }
-      biases.advance();
-    };
-    // Does the mask allow any pair of the piece within tile j?
-    auto allows = [&](int j) {
-      int m1 = min(work.first + work.rows, s.seqlen_q), n0 = tiles.lo + j * BLOCK_N, n1 = min(n0 + BLOCK_N, s.seqlen_k);
-      Sequence other = s;
-      other.h ^= 1;
-      return any_allowed(pairs_of<u8>(p.mask, p.mask_stride, s), work.first, m1, n0, n1) ||
-             (P::kCluster > 1 && p.heads_each == 2 &&
-              any_allowed(pairs_of<u8>(p.mask, p.mask_stride, other), work.first, m1, n0, n1));
-    };
-    int before = -1;  // the tile whose k was loaded last
-    for (int j = tiles.count - 1; j >= 0; --j) {
-      if constexpr (P::kMasked) {
-        if (!allows(j)) continue;
-      }
-      fill_keys(j);
-      if (before >= 0) fill_values(before);
-      if constexpr (P::kBiased) fill_bias(j);
-      before = j;
-    }
-    if (P::kMasked) fill_keys(-1);
-    if (before >= 0) fill_values(before);
-  }
-}
-
-// The 64 queries of each consumer, by one warp.
-template <class P, int BLOCK_M, class Next, class Params>
-__forceinline__ void load_queries(const Params& p, u8* memory, u64* full, u64* empty, int rank, Next next) {
-  u32 parity = 1;
-  for (int i; (i = next()) >= 0;) {
-    Work work = work_of<BLOCK_M, P::kCluster>(p, i, rank);
-    Sequence s = sequence_of(p, work.b, work.h);
-    if (work.first >= s.seqlen_q) continue;
-    if (threadIdx.x % 32 == 0) {
-      for (int group = 0; group < P::kGroups; ++group) {
-        mbarrier_wait(&empty[group], parity);
-        mbarrier_arrive_expect(&full[group], P::kLoadQ);
-        for (int panel = 0; panel < P::kPanels; ++panel) {
-          tma_load(memory + group * P::kQ + panel * P::kPanelQ, p.q_map, &full[group], 64 * panel, s.first_q + work.m0 + 64 * group,
-                   s.h, p.cu_seqlens_q != nullptr ? 0 : s.b);
-        }
-      }
-    }
-    __syncwarp();
-    parity ^= 1;
-  }
-}
-
-// What a tile's scores become before their maximum is taken; rows are this warp's, from m on. seen: with kMask, from load_seen.
-// add_tile: with kTile, adds the tile of the bias.
-template <class T, u32 kPairs, bool kHidden, int kTiles, class AddTile, class Params>
-__forceinline__ void finish_scores(float (&s)[kTiles][4], const Params& p, const Sequence& sequence, const ScoreRule& rule,
-                                   const Corner& corner, const u32 (&seen)[2], AddTile add_tile) {
-  if constexpr (kPairs & kGeneral) score_tile(s, rule, sequence, corner);
-  if constexpr (kPairs & kTile) {
-    add_tile();
-  } else if constexpr (kPairs & kBias) {
-    if (p.bias_float) {
-      add_bias(s, pairs_of<float>(p.bias, p.bias_stride, sequence), corner);
-    } else {
-      add_bias(s, pairs_of<T>(p.bias, p.bias_stride, sequence), corner);
-    }
-  }
-  if constexpr (kPairs & kMask) {
-    hide_unseen(s, seen);
-  } else if constexpr (kHidden) {
-    hide_by_position(s, corner);
-  }
-}
-
-template <int kTiles>
-__forceinline__ void drop(float (&s)[kTiles][4], const Philox& philox, u32 threshold, int m, int n0, u32 head) {
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
-    uint4 words = philox_fragment(philox, n0 + 8 * j, m, head);
-    if (words.x < threshold) s[j][0] = 0.0f;
-    if (words.y < threshold) s[j][1] = 0.0f;
-    if (words.z < threshold) s[j][2] = 0.0f;
-    if (words.w < threshold) s[j][3] = 0.0f;
-  }
-}
 
 // One consumer: 64 rows of every piece of work.
 template <class T, class P, int HEADDIM, int HEADDIM_V, int BLOCK_M, int BLOCK_N, u32 kPairs, class Ring, class Next, class Params>
@@ -421,7 +208,10 @@ __forceinline__ void consume(const Params& p, u8* memory, Ring keys, Ring values
       for (; j >= tiles.whole_first; --j) step(Constant<false>{}, j);
       for (; j >= tiles.seen_first; --j) step(Constant<true>{}, j);
     }
-    if (P::kHas(kApart) && lane == 0) mbarrier_arrive(&q_empty[group]);
+    if constexpr (P::kHas(kApart)) {
+      __syncwarp();  // a lane that lags, where no tile was seen, must not find q's memory filled again
+      if (lane == 0) mbarrier_arrive(&q_empty[group]);
+    }
     if (kOverlaps && some) {
       if (kRescaleLate && rescales) rescale(o, share);
       issue_o();

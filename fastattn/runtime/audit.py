@@ -16,10 +16,10 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastattn.runtime import cache, env, jit
 from fastattn.runtime.gpu import shared_limit
@@ -33,12 +33,24 @@ _RESERVED_SHARED = (
     1 << 10
 )  # per block from compute capability 9.0 on, beside the limit; the compiler counts it as static
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);")
+_JUMPS = ("BRA", "BSSY", "CALL", "JMP", "WARPSYNC")  # they may name an address
+_ENDS = ("BRA", "BRX", "EXIT", "JMP", "JMX", "RET")  # without a predicate nothing goes on behind them
+
+
+class Role(NamedTuple):
+    """What warpgroups do behind a setmaxnreg: raises or lowers, to so many registers per thread; used: the number of the
+    highest register that code names which such a warpgroup can reach, plus 1."""
+
+    raises: bool
+    budget: int
+    used: int
 
 
 @dataclass(frozen=True)
 class Audited:
-    """One specialisation for one target ("sm_90a"). Registers and stack are per thread, shared memory per block; log: what
-    the compiler warns of."""
+    """One specialisation for one target ("sm_90a"). Registers (at first) and stack are per thread, shared memory per block;
+    log: what the compiler warns of."""
 
     kernel: str
     target: str
@@ -50,6 +62,7 @@ class Audited:
     opcodes: collections.Counter[str]
     seconds: float
     log: str = ""
+    roles: tuple[Role, ...] = ()
 
     def count(self, opcode: str) -> int:
         """How often an opcode occurs, with whatever follows it: "HMMA" counts HMMA.16816.F32, "HMMA.16816" only such."""
@@ -67,6 +80,7 @@ class Audited:
         per_warp = -(-self.registers * 32 // 256) * 256  # as they are given out
         if per_warp * -(-self.threads // 32) > REGISTERS:
             found.append(f"{self.threads} threads of {self.registers} registers, {REGISTERS} registers are there")
+        found += self._roles_at_fault()
         if self.barriers > BARRIERS:
             found.append(f"{self.barriers} barriers, {BARRIERS} are there")
         found += [f"no {opcode} in it" for opcode in expected if not self.count(opcode)]
@@ -74,8 +88,21 @@ class Audited:
             found.append(f"the compiler says: {' '.join(self.log.split())}")
         return found
 
+    def _roles_at_fault(self) -> Iterator[str]:
+        """A warpgroup waits for ever where the block's registers, those it was launched with, do not suffice for all. One
+        lowers its share, the others raise theirs."""
+        for role in self.roles:
+            if role.used > role.budget:
+                yield f"a role of {role.budget} registers uses {role.used}"
+        lowered, raised = ([r.budget for r in self.roles if r.raises is way] for way in (False, True))
+        asked = 128 * sum(lowered) + (self.threads - 128 * len(lowered)) * max(raised, default=0)
+        pool = self.threads * (-(-self.registers // 8) * 8)
+        if self.roles and asked > pool:
+            yield f"its warpgroups ask for {asked} registers, the block has {pool}"
+
     def __str__(self) -> str:
         uses = f"{self.registers} registers, {self.stack} B stack, {self.shared} B shared, {self.barriers} barriers"
+        uses += "".join(f", {role.used} of {role.budget} in a role" for role in self.roles)
         return f"{self.kernel} {self.target}, {self.threads} threads: {uses}, {self.seconds:.1f} s"
 
 
@@ -93,8 +120,8 @@ def audit(kernel: cuda.Kernel, target: str, *, fresh: bool = False) -> Audited:
     if not kept:
         cache.write(entry, json.dumps(facts).encode())
     shared = facts.pop("static") + kernel.shared
-    opcodes = collections.Counter(facts.pop("opcodes"))
-    return Audited(str(kernel), target, kernel.threads, shared=shared, opcodes=opcodes, **facts)
+    opcodes, roles = collections.Counter(facts.pop("opcodes")), tuple(Role(*role) for role in facts.pop("roles"))
+    return Audited(str(kernel), target, kernel.threads, shared=shared, opcodes=opcodes, roles=roles, **facts)
 
 
 def is_kept(kernel: cuda.Kernel, target: str) -> bool:
@@ -126,9 +153,49 @@ def _compiled(kernel: cuda.Kernel, target: str) -> dict[str, Any]:
         "static": max(0, static - _RESERVED_SHARED) if arch_of(target) >= 90 else static,
         "barriers": int(barriers[1], 16) if barriers else 0,
         "opcodes": collections.Counter(_OPCODE.findall(text)),
+        "roles": roles_of(text),
         "seconds": seconds,
         "log": built.log,
     }
+
+
+def roles_of(text: str) -> list[Role]:
+    """Of disassembled code: one for each setmaxnreg."""
+    if "USETMAXREG" not in text:
+        return []
+    code = [(int(m[1], 16), m[2], m[3], m[4]) for m in _INSTRUCTION.finditer(text)]
+    if any(opcode in ("BRX", "JMX") for _, _, opcode, _ in code):
+        raise RuntimeError("audit: an indirect jump in a kernel with roles: which code is whose cannot be told")
+    number = {address: i for i, (address, *_) in enumerate(code)}
+    roles = []
+    for start, (_, _, opcode, operands) in enumerate(code):
+        if opcode != "USETMAXREG":
+            continue
+        reached, waiting, used = {start}, [start], 0
+        while waiting:
+            at = waiting.pop()
+            _, predicate, name, rest = code[at]
+            used = max(used, _registers_named(name, rest))
+            behind = [] if name in _ENDS and not predicate and "," not in rest else [at + 1]
+            if name in _JUMPS and (to := re.search(r"\b0x[0-9a-f]+\s*$", rest)):
+                behind.append(number[int(to[0], 16)])
+            fresh = {i for i in behind if i < len(code)} - reached
+            reached |= fresh
+            waiting += fresh
+        budget = re.search(r"0x([0-9a-f]+)\s*$", operands)
+        if budget is None:
+            raise RuntimeError(f"audit: USETMAXREG{operands} names no number of registers")
+        roles.append(Role("TRY_ALLOC" in operands, int(budget[1], 16), used))
+    return roles
+
+
+def _registers_named(opcode: str, operands: str) -> int:
+    """The highest one plus 1; of a wgmma the last one of its sums, of others the one that is written out."""
+    first = [int(n) for n in re.findall(r"\bR(\d+)\b", operands)]
+    if not first:
+        return 0
+    columns = re.match(r"\.64x(\d+)x", operands) if opcode == "HGMMA" else None
+    return max(max(first) + 1, first[0] + int(columns[1]) // 2 if columns else 0)
 
 
 def _timed(kernel: cuda.Kernel, target: str) -> tuple[jit.Compiled, float]:

@@ -7,6 +7,10 @@ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+__forceinline__ u32 opaque(u32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 __forceinline__ i64 opaque(i64 x) {
   asm volatile("" : "+l"(x));
   return x;

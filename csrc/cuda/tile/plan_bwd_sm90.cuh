@@ -1,12 +1,10 @@
 // How a block of the Hopper backward divides its shared memory, registers and tiles among its consumers, in three ways, told apart
-// by BLOCK_N: narrow (128)  a consumer owns 64 keys; scores are [keys, queries]; P and dS stay in its registers as operands of dv
-// and dk wide (64)     scores are [keys, queries], half of the queries each; a consumer has half of the columns of dk and dv thirds
-// (96)   three consumers, for heads of 192; scores are [queries, keys], 32 of the keys each; a consumer has a panel of 64
-//               columns of dk, dv and dq
-// In the latter two P and dS meet in shared memory. Each way dq's tile is one product that the consumers divide.
+// by BLOCK_N. Narrow (128): a consumer owns 64 keys; scores are [keys, queries]; P and dS stay in its registers as operands of dv
+// and dk. Wide (64): scores are [keys, queries], half of the queries each; a consumer has half of the columns of dk and dv. Thirds
+// (96): three consumers, for heads of 192; scores are [queries, keys], 32 of the keys each; a consumer has a panel of 64 columns of
+// dk, dv and dq. In the latter two P and dS meet in shared memory. Each way dq's tile is one product that the consumers divide.
 #pragma once
 #include <ptx/core.cuh>
-#include <ptx/wgmma.cuh>
 #include <tile/work_bwd_sm90.cuh>
 
 // How a specialisation goes about it; the results are the same.
@@ -62,21 +60,6 @@ struct BwdPlan {
   static_assert(HEADDIM % 64 == 0 && HEADDIM_V % 64 == 0 && kRounds >= 1 && (!kWide || HEADDIM_V % 128 == 0), "");
   static_assert(kBytes <= 227 * 1024, "");
 };
-
-// An accumulator that the next product overwrites: without this its old numbers would be kept in registers until then.
-template <int kCount>
-__forceinline__ void forget(float (&x)[kCount]) {
-  float nothing[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = nothing[i];
-}
-
-// x, unknown to the compiler, which would prepare the descriptors of all products ahead of the loop and run out of registers.
-__forceinline__ u32 unprepared(u32 x) {
-  u32 unknown[1] = {x};
-  wgmma_pin(unknown);
-  return unknown[0];
-}
 
 // Named barriers: 0 is __syncthreads's; of the others but the first each consumer has one.
 constexpr u32 kConsumerBarrier = 1, kDqFull = 2, kDqEmpty = 5, kDqDone = 8, kOwnBarrier = 11;

@@ -5,6 +5,7 @@
 #include <ptx/mbarrier.cuh>
 #include <ptx/memory.cuh>
 #include <ptx/named_barrier.cuh>
+#include <ptx/opaque.cuh>
 #include <ptx/tma.cuh>
 #include <tile/bwd_sm90.cuh>
 #include <tile/plan_bwd_sm90.cuh>
@@ -16,7 +17,7 @@
 template <class P, int BLOCK_M, bool kSkips, class Params>
 __forceinline__ void load_tiles(const Params& p, u8* memory, const BwdWork& work, typename P::Ring& ring) {
   const Sequence& first = work.first;
-  const int lane = unprepared(threadIdx.x) & 31, b = p.cu_seqlens_q != nullptr ? 0 : first.b;
+  const int lane = opaque(threadIdx.x) & 31, b = p.cu_seqlens_q != nullptr ? 0 : first.b;
   u64* barriers = P::barriers(memory);
   auto load = [&](const TensorMap& map, u8* tile, u64* full, int bytes, int panel_bytes, int row, int h) {
     mbarrier_expect(full, bytes);
@@ -26,7 +27,11 @@ __forceinline__ void load_tiles(const Params& p, u8* memory, const BwdWork& work
     }
   };
   auto load_keys = [&](const TensorMap& map, int at, int bytes, u64* full, u64* empty) {
-    if constexpr (P::kIsPersistent) mbarrier_wait(empty, (work.number & 1) ^ 1);
+    if constexpr (P::kIsPersistent) {
+      mbarrier_wait(empty, (work.number & 1) ^ 1);
+      __syncwarp();  // of keys that no query sees, consumers give the place back at once: a lane that lags must not find it free
+                     // again
+    }
     if (lane == 0) {
       load(map, memory + at, full, bytes, P::kPanelN, first.first_k + work.n0, first.h_k);
       mbarrier_arrive(full);

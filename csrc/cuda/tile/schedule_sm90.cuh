@@ -1,8 +1,10 @@
 // Which work a persistent block does: pieces of BLOCK_M queries of one head, or with clusters of two blocks, twice as many queries
-// or two heads. Every role of every block of a cluster walks the same list.
+// or two heads; and which tiles of keys a piece sees. Every role of every block of a cluster walks the same list.
 #pragma once
 #include <ptx/core.cuh>
 #include <ptx/mbarrier.cuh>
+#include <tile/band.cuh>
+#include <tile/sequence.cuh>
 
 // This block's part of a piece, queries m0 … m0 + BLOCK_M - 1 of a head, and which queries the whole piece has.
 struct Work {
@@ -24,6 +26,26 @@ __forceinline__ Work work_of(const Params& p, int i, int rank) {
   if (pairs) head = head * kCluster + rank;
   int rows = pairs ? BLOCK_M : kCluster * BLOCK_M, m0 = block * rows;
   return {head / p.nheads, head % p.nheads, pairs ? m0 : m0 + rank * BLOCK_M, m0, rows};
+}
+
+// The tiles of keys that a piece of work sees, numbered 0 … count - 1 from key lo on. Of them the 64 rows from m0 on see
+// [seen_first, seen_end), and [whole_first, whole_end) as a whole.
+struct Tiles {
+  int lo, count, seen_first, seen_end, whole_first, whole_end;
+};
+template <int BLOCK_N, class Params>
+__forceinline__ Tiles tiles_of(const Params& p, const Sequence& s, const Work& work, int m0) {
+  Range piece = key_range<BLOCK_N>(p, s, work.first, min(work.first + work.rows, s.seqlen_q));
+  Range rows = key_range<BLOCK_N>(p, s, m0, min(m0 + 64, s.seqlen_q));
+  auto within = [](int low, int x, int high) { return max(low, min(x, high)); };
+  Tiles t;
+  t.lo = piece.lo;
+  t.count = max(0, (piece.hi - t.lo + BLOCK_N - 1) / BLOCK_N);
+  t.seen_first = within(0, (rows.lo - t.lo) / BLOCK_N, t.count);
+  t.seen_end = within(t.seen_first, m0 < s.seqlen_q ? (rows.hi - t.lo + BLOCK_N - 1) / BLOCK_N : 0, t.count);
+  t.whole_end = within(t.seen_first, max(0, rows.whole_hi - t.lo) / BLOCK_N, t.seen_end);
+  t.whole_first = within(t.seen_first, (max(0, rows.whole_lo - t.lo) + BLOCK_N - 1) / BLOCK_N, t.whole_end);
+  return t;
 }
 
 // Handed out in rounds, a piece to each of `walkers`, every other round backwards: as work gets shorter, who had the longest of one

@@ -9,9 +9,11 @@
 #include <ptx/mbarrier.cuh>
 #include <ptx/memory.cuh>
 #include <ptx/named_barrier.cuh>
+#include <ptx/opaque.cuh>
 #include <ptx/stmatrix.cuh>
 #include <ptx/wgmma.cuh>
 #include <tile/bwd_sm90.cuh>
+#include <tile/consumer_bwd_sm90.cuh>
 #include <tile/copy.cuh>
 #include <tile/lost_bwd_sm90.cuh>
 #include <tile/plan_bwd_sm90.cuh>
@@ -19,11 +21,6 @@
 #include <tile/sequence.cuh>
 #include <tile/swizzle.cuh>
 #include <tile/work_bwd_sm90.cuh>
-
-template <int kCount>
-struct Columns {
-  static constexpr int value = kCount;
-};
 
 // A warp's 16 rows of a transposed sum [64 columns, kKeys], times scale, into a panel [kKeys, 64 columns].
 template <class T, int kKeys, int kCount>
@@ -49,35 +46,24 @@ __forceinline__ void differentiate_in_thirds(const Params& p, u8* memory, const 
   constexpr int kTiles = HEADDIM_V == HEADDIM ? 1 : 2;   // of dv, of 64 columns
   constexpr int kKeysV = kTiles == 1 ? BLOCK_N : kKeys;  // of a consumer's dv
   using PairsTile = TileLayout<BLOCK_M, kKeys>;
-  const int thread = unprepared(threadIdx.x) - 128, lane = thread & 31, warp = thread / 32 % 4;
+  const int thread = opaque(threadIdx.x) - 128, lane = thread & 31, warp = thread / 32 % 4;
+  const int key = kKeys * group + 2 * (lane & 3), query = 16 * warp + lane / 4;  // this thread's first ones
   const float* rows = reinterpret_cast<const float*>(memory + P::kAtRows) + 16 * warp + lane / 4;
   u64* barriers = P::barriers(memory);
   u32* lost = reinterpret_cast<u32*>(memory + P::kAtLost);  // [warps of consumers][4 pairs of columns]
   const int pairs_from = group * kPanel + pairs_at<PairsTile>(16 * warp, 0);
 
   float dk[BLOCK_N / 2] = {}, dv[kTiles][kKeysV / 2] = {}, dq[32], s[kKeys / 2], dp[kKeys / 2], derivatives[kKeys / 2];
-  auto own = [&](int bytes) { return unprepared(group * bytes); };
+  auto own = [&](int bytes) { return opaque(group * bytes); };
 
-  // x = queries · (keys of this consumer): q k^T or dout v^T.
-  auto issue_pairs = [&](auto columns, auto& x, const u8* queries, const u8* keys) {
-    const u64 a = wgmma_k_major(queries), b = wgmma_k_major(keys + own(kKeys * 128));
-    forget(x);
-    wgmma_pin(x);
-    wgmma_fence();
-#pragma unroll
-    for (int d = 0; d < decltype(columns)::value; d += 16) {
-      wgmma_ss<T, 0, 0>(x, wgmma_advance(a, d / 64 * P::kPanelM + d % 64 * 2), wgmma_advance(b, d / 64 * P::kPanelN + d % 64 * 2),
-                        d > 0);
-    }
-    wgmma_commit();
-  };
   auto issue_s = [&] {
     mbarrier_wait(barriers + P::kQFull + ring.q_slot(), ring.q_parity());
-    issue_pairs(Columns<HEADDIM>{}, s, memory + P::kAtQ + ring.q_slot() * P::kQ, memory);
+    issue_pairs<T, HEADDIM, P::kPanelM, P::kPanelN>(s, memory + P::kAtQ + ring.q_slot() * P::kQ, memory + own(kKeys * 128));
   };
   auto issue_dp = [&] {
     mbarrier_wait(barriers + P::kDoutFull + ring.dout_slot(), ring.dout_parity());
-    issue_pairs(Columns<HEADDIM_V>{}, dp, memory + P::kAtDout + ring.dout_slot() * P::kDout, memory + P::kAtV);
+    issue_pairs<T, HEADDIM_V, P::kPanelM, P::kPanelN>(dp, memory + P::kAtDout + ring.dout_slot() * P::kDout,
+                                                      memory + P::kAtV + own(kKeys * 128));
   };
   // sum [64 columns, keys] += panel [BLOCK_M, 64 columns]^T · pairs [BLOCK_M, keys].
   auto issue_sum = [&](auto& sum, const u8* panel, const u8* pairs) {
@@ -89,35 +75,20 @@ __forceinline__ void differentiate_in_thirds(const Params& p, u8* memory, const 
   };
 
   const bool hides = kPairs != 0 || work.hides != 0;
-  mbarrier_wait(barriers + P::kKFull, work.parity<P::kIsPersistent>());
-  if (hides) {
-    keep_finite<T, P::kK, kAll>(memory, thread);
-    fence_async_shared();
-    named_barrier_sync(kConsumerBarrier, kAll);
-  }
+  take_keys<T, P>(memory, work, hides, thread);
 
   // Each turn of the loop begins with P of its tile and finished dP, and ends with those of the next one. In between, the products
   // queue up: dv, dk, dq, the next scores, the next dP.
   Seen<kKeys / 2> seen;
   u32 pairs[kKeys / 4];
-  auto see = [&] {
-    return seen_by_position<kKeys / 2, false>(p, work.first, work.n0 + kKeys * group + 2 * (lane & 3),
-                                              P::place(memory, ring.q_slot()).m0 + 16 * warp + lane / 4);
-  };
-  auto soften = [&] {  // the scores have come
-    const OfRows lse(rows + ring.q_slot() * BLOCK_M);
-    if constexpr (kPairs != 0) {
-      const TilePlace place = P::place(memory, ring.q_slot());
-      Sequence sequence = work.first;
-      sequence.h += place.g;
-      seen = see();
-      pair_probabilities<T, kPairs>(s, derivatives, pairs, seen, p, sequence, score_rule(p, sequence), lse,
-                                    work.n0 + kKeys * group + 2 * (lane & 3), place.m0 + 16 * warp + lane / 4);
-    } else {
-      probabilities(s, p.scale * kLog2e, lse);
-      if (P::place(memory, ring.q_slot()).whole == 0) hide(s, see());
-      pack_pairs<T>(pairs, s);
-    }
+  auto finish = [&] {  // P of the tile whose scores and dP were issued
+    wgmma_wait<1>();
+    wgmma_pin(s);
+    const u32 slot = ring.q_slot();
+    tile_probabilities<T, kPairs>(s, derivatives, pairs, seen, p, work, P::place(memory, slot), OfRows(rows + slot * BLOCK_M), key,
+                                  query);
+    wgmma_wait<0>();
+    wgmma_pin(dp);
   };
   auto step = [&](auto is_last) {
     constexpr bool kLast = decltype(is_last)::value, kIsAhead = (kWays & kAhead) != 0 && !kLast;
@@ -126,20 +97,11 @@ __forceinline__ void differentiate_in_thirds(const Params& p, u8* memory, const 
     }
     const u32 q_slot = ring.q_slot(), dout_slot = ring.dout_slot();
     const u8 *q_tile = memory + P::kAtQ + q_slot * P::kQ, *dout_tile = memory + P::kAtDout + dout_slot * P::kDout;
-    put_pairs<PairsTile>(memory + P::kAtP, pairs, unprepared(pairs_from));
+    put_pairs<PairsTile>(memory + P::kAtP, pairs, opaque(pairs_from));
     const OfRows delta(rows + (P::kStagesQ + dout_slot) * BLOCK_M);
-    if constexpr (kPairs != 0) {
-      const TilePlace place = P::place(memory, q_slot);
-      Sequence sequence = work.first;
-      sequence.h += place.g;
-      pair_gradients<kPairs>(dp, s, derivatives, seen, p, sequence, delta, work.n0 + kKeys * group + 2 * (lane & 3),
-                             place.m0 + 16 * warp + lane / 4);
-    } else {
-      score_gradients(dp, s, delta);
-      if (P::place(memory, q_slot).whole == 0) hide(dp, see());
-    }
+    tile_gradients<kPairs>(dp, s, derivatives, seen, p, work, P::place(memory, q_slot), delta, key, query);
     pack_pairs<T>(pairs, dp);
-    put_pairs<PairsTile>(memory + P::kAtDs, pairs, unprepared(pairs_from));
+    put_pairs<PairsTile>(memory + P::kAtDs, pairs, opaque(pairs_from));
     fence_async_shared();
     named_barrier_sync(kConsumerBarrier, kAll);
 
@@ -160,9 +122,8 @@ __forceinline__ void differentiate_in_thirds(const Params& p, u8* memory, const 
     const u64 ds_rows = wgmma_descriptor<64>(memory + P::kAtDs, 16, 512);
     const u64 k_columns = wgmma_mn_major(memory + own(P::kPanelN), P::kPanelN);
 #pragma unroll
-    for (int key = 0; key < BLOCK_N; key += 16) {
-      wgmma_ss<T, 0, 1>(dq, wgmma_advance(ds_rows, key / kKeys * kPanel + key % kKeys * 2), wgmma_advance(k_columns, key * 128),
-                        key > 0);
+    for (int n = 0; n < BLOCK_N; n += 16) {
+      wgmma_ss<T, 0, 1>(dq, wgmma_advance(ds_rows, n / kKeys * kPanel + n % kKeys * 2), wgmma_advance(k_columns, n * 128), n > 0);
     }
     wgmma_commit();
     ++ring.step;
@@ -183,35 +144,10 @@ __forceinline__ void differentiate_in_thirds(const Params& p, u8* memory, const 
     if constexpr (!kLast) {
       if constexpr (!kIsAhead) issue_s();
       issue_dp();
-      wgmma_wait<1>();
-      wgmma_pin(s);
-      soften();
-      wgmma_wait<0>();
-      wgmma_pin(dp);
+      finish();
     }
   };
-  if (work.steps > 0) {
-    const int last = ring.step + work.steps - 1;
-    issue_s();
-    mbarrier_wait(barriers + P::kVFull, work.parity<P::kIsPersistent>());
-    issue_dp();
-    wgmma_wait<1>();
-    wgmma_pin(s);
-    soften();
-    wgmma_wait<0>();
-    wgmma_pin(dp);
-#pragma unroll 1
-    while (ring.step < last) step(Constant<false>{});
-    step(Constant<true>{});
-    named_barrier_sync(kDqDone, kAll + 32);  // dv and dk take dq's place
-  } else {
-    mbarrier_wait(barriers + P::kVFull, work.parity<P::kIsPersistent>());
-    __syncwarp();
-    if (P::kIsPersistent && lane == 0) {
-      mbarrier_arrive(barriers + P::kVEmpty);
-      mbarrier_arrive(barriers + P::kKEmpty);
-    }
-  }
+  walk_tiles<P>(barriers, work, ring, group, issue_s, issue_dp, finish, step);
 
   if (hides) {
     u32 bits = lost_columns(dk, 0);
@@ -238,9 +174,9 @@ __forceinline__ void differentiate_in_thirds(const Params& p, u8* memory, const 
   if (!hides) return;
   named_barrier_sync(kConsumerBarrier, kAll);
 #pragma unroll 1
-  for (int key = thread / 32; key < kept; key += kAll / 32) {
+  for (int n = thread / 32; n < kept; n += kAll / 32) {
     u32 bits = 0;
-    for (int i = 0; i < 4 * P::kConsumers; ++i) bits |= lost[4 * i + key % 8 / 2];
-    if ((bits >> (key / 8 * 2 + (key & 1)) & 1) != 0) key_again<T, HEADDIM>(p, first, work.n0 + key);
+    for (int i = 0; i < 4 * P::kConsumers; ++i) bits |= lost[4 * i + n % 8 / 2];
+    if ((bits >> (n / 8 * 2 + (n & 1)) & 1) != 0) key_again<T, HEADDIM>(p, first, work.n0 + n);
   }
 }

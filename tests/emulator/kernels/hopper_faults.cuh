@@ -127,11 +127,40 @@ __global__ void __launch_bounds__(32) neighbour_kernel(const __grid_constant__ T
   if (threadIdx.x == 0) *memory = 1.0f + rank;
   if (p.fault == 6 && threadIdx.x == 31) return;
   if (p.fault != 1) cluster_sync();
+  if (p.fault == 7 || p.fault == 8) cluster_arrive();
+  if (p.fault == 7) cluster_arrive();
+  if (p.fault == 8) cluster_wait();
+  if (p.fault == 8) cluster_wait();
   float x = load_cluster(memory, p.fault == 2 ? 2 : 1 - rank);
   if (p.fault != 3) cluster_sync();
   if (p.fault == 4) x = load_cluster(memory, 1 - rank);
   if (p.fault == 5 && threadIdx.x == 0) *memory = 3.0f;  // nobody reads any more: this is no mistake
   if (threadIdx.x == 0) static_cast<float*>(p.out)[rank] = x;
+}
+
+// out [32] int: the sum of n numbers that one thread hands to a warp, one by one.
+__global__ void __launch_bounds__(64) hand_over_kernel(const __grid_constant__ TrialParams p) {
+  int* number = reinterpret_cast<int*>(shared_memory());
+  u64 *full = reinterpret_cast<u64*>(number + 2), *empty = full + 1;
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    mbarrier_init(empty, 1);
+  }
+  __syncthreads();
+  int sum = 0;
+  for (int i = 0; i < p.n; ++i) {
+    if (threadIdx.x == 32) {
+      mbarrier_wait(empty, (i & 1) ^ 1);
+      *number = i;
+      mbarrier_arrive(full);
+    } else if (threadIdx.x < 32) {
+      mbarrier_wait(full, i & 1);
+      if (p.fault != 1) sum += *number;
+      if (p.fault != 1) __syncwarp();
+      if (threadIdx.x == 0) mbarrier_arrive(empty);
+    }
+  }
+  if (threadIdx.x < 32) static_cast<int*>(p.out)[threadIdx.x] = sum;
 }
 
 // out [2] float: a block of two warpgroups, made for two on a multiprocessor: 128 registers for each thread.

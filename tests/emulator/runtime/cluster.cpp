@@ -12,7 +12,7 @@ namespace {
 struct {
   u32 arrived, turn;
   std::vector<Fibre*> waiting;
-  std::vector<u32> turns;  // per thread: how often it arrived
+  std::vector<u32> turns, waits;  // per thread: how often it arrived and waited
   Clock* clock;
 } barrier;
 
@@ -47,6 +47,7 @@ void reset_cluster() {
   barrier.arrived = barrier.turn = 0;
   barrier.waiting.clear();
   barrier.turns.assign(launch.cluster * launch.block.x * launch.block.y * launch.block.z, 0);
+  barrier.waits = barrier.turns;
   barrier.clock = clocks.zero();
   last_clock = nullptr;
   hungry.clear();
@@ -60,9 +61,8 @@ u32 cluster_size() { return launch.cluster; }
 void cluster_arrive() {
   const Pc pc = CALLER;
   gather("cluster_arrive", ~0u, true, nothing, nullptr, pc);
-  u32& turns = barrier.turns[current->id];
-  if (turns > barrier.turn) fail_here(pc, "cluster_arrive twice without cluster_wait");
-  ++turns;
+  if (barrier.turns[current->id] > barrier.waits[current->id]) fail_here(pc, "cluster_arrive twice without cluster_wait");
+  ++barrier.turns[current->id];
   ++barrier.arrived;
   clocks.join(barrier.clock, current->clock, current->id, current->own);
   ++current->own;
@@ -73,7 +73,8 @@ void cluster_wait() {
   const Pc pc = CALLER;
   gather("cluster_wait", ~0u, true, nothing, nullptr, pc);
   const u32 turns = barrier.turns[current->id];
-  if (turns == 0) fail_here(pc, "cluster_wait without cluster_arrive");
+  if (turns == barrier.waits[current->id]) fail_here(pc, "cluster_wait without cluster_arrive");
+  ++barrier.waits[current->id];
   if (turns > barrier.turn) {
     barrier.waiting.push_back(current);
     wait("cluster_wait", pc);

@@ -167,9 +167,16 @@ bool wait_at(void* p, u32 parity, bool soft, const char* verb, Pc pc) {
   if (parity > 1) fail_here(pc, format("%s with parity %u", verb, parity));
   Mbarrier& b = mbarrier_at(at, verb, pc);
   if ((b.phase & 1) == parity) {
+    const u32 phase = b.phase;
     b.waiters.push_back({current, parity, soft});
     wait(verb, pc);
-    if ((b.phase & 1) == parity) return false;
+    if (b.phase == phase) return false;
+    if (b.phase > phase + 1) {
+      fail_here(pc,
+                format("%s for phase %u, while the barrier ran a full turn to phase %u: the hardware may miss the phase and wait "
+                       "for ever",
+                       verb, phase, b.phase));
+    }
   }
   if (b.done != nullptr) current->clock = clocks.acquire(current->clock, b.done);
   return true;
