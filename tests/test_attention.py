@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import each
 import law
 import pytest
 import torch
@@ -301,6 +302,34 @@ def test_same_bits(backend: str, option: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(found[1][name], found[2][name], rtol=0, atol=0)
             continue
         assert all(torch.equal(first, other[name]) for other in found[1:]), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_whole_cache_lines(backend: str, dtype: torch.dtype) -> None:
+    """Several threads may store them around the cache: nothing is lost, and the bits are those of one thread."""
+    tensors, run, found = qkv(70, 50, 64, dtype=dtype), forced(attention, backend), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        holds(backend, tensors, {"causal": True}, ())
+        found.append(law.run(run, tensors, {"causal": True}, (), ("o",), 0)["o"])
+    assert backend == "reference" or torch.equal(*found)
+
+
+@pytest.mark.parametrize("causal", [False, True, "upper_left"])
+def test_many_sequences_that_share_a_bias(backend: str, causal: Any) -> None:
+    """Enough of them for long tasks, dealt out with the bias in mind; several tiles of keys."""
+    tensors = qkv(290, 140, 16, batch=8, nheads=4)
+    tensors["bias"] = law.randn(1, 4, 290, 140, seed=4)
+    holds(backend, tensors, {"causal": causal}, ())
+
+
+def test_a_denormal_result_is_kept() -> None:
+    """A quarter of the smallest normal number, in every instruction set."""
+    q, k, v = (torch.zeros(1, 4, 2, 32, dtype=torch.bfloat16) for _ in range(3))
+    v[:, 1, :, ::3] = 2.0**-126
+    for isa in each.ISAS:
+        with each.way(f"cpu-{isa}"):
+            assert torch.equal(attention(q, k, v), (v[:, 1:2] * 0.25).expand(1, 4, 2, 32)), isa
 
 
 def test_arguments_are_left_alone(backend: str) -> None:

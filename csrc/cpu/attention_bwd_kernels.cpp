@@ -1,82 +1,26 @@
 // attention_bwd: dq, dk, dv (and dbias, dsinks) from do, o and lse; P is recomputed tile by tile.
-// One task per (batch, key head, chunk of keys): K and V are packed once, every query head of the group and every block
-// of queries passes over them, dk and dv accumulate in fp32 in the task's scratch, dq in registers and L1. Five products
-// per tile, S = K q^T, dP = V do^T, dq += K^T dS, dv += P do, dk += dS q, all through gemm.h with lanes over queries
-// (first three) or head columns (last two). With pairs of bf16 a block of queries is only kM / 2 steps of the last two, which
-// pay for reading and writing dv and dk; so two blocks of queries go through a tile together and share them. The partition depends
-// on shapes only, so results do not depend on the thread count. Scratch: 5 * chunk * headdim floats. Bound: multiply-adds, 10 *
+// One task per (batch, key head, chunk of keys): every query head of the group and every block of queries passes over the
+// chunk's K and V, dk and dv accumulate in fp32 in the task's scratch, dq in registers and L1. Five products per tile,
+// S = K q^T, dP = V do^T, dq += K^T dS, dv += P do, dk += dS q, all through gemm.h with lanes over queries (first three) or head
+// columns (last two). Two blocks of kM queries go through a tile together: they share K, V and the last two products, which pay
+// for reading and writing dv and dk. In cells of bf16 pairs the exponentials run beside dP's product. The partition depends on
+// shapes only, so results do not depend on the thread count. Scratch: 5 * chunk * headdim floats. Bound: multiply-adds, 10 *
 // headdim FLOPs per visible pair. Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
-#include <new>
-
-#include "attention_scores.h"
-#include "attention_tiles.h"
+#include "attention_bwd_plan.h"
 #include "kernels.h"
-#include "parallel.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kBlockN = 128;
-
-// Which loops run inside one task: a bias gradient that is summed over batch or heads is summed in a fixed order.
-struct Plan {
-  int64_t batch_tasks, head_tasks, chunks, chunk_keys;
-};
-
-// Rows of dq over all sequences: the partial sums of chunks are stored by it.
-FASTATTN_INLINE int64_t query_rows(const AttentionParams& p) {
-  return p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.batch * p.seqlen_q;
-}
-
-Plan make_plan(const AttentionBwdParams& p) {
-  Plan plan;
-  bool merge_batch = p.dbias != nullptr && p.dbias_stride[0] == 0, merge_heads = p.dbias != nullptr && p.dbias_stride[1] == 0;
-  plan.batch_tasks = merge_batch ? 1 : p.batch;
-  plan.head_tasks = merge_heads ? 1 : p.nheads_k;
-  int64_t tasks = plan.batch_tasks * plan.head_tasks, most = max64(1, p.seqlen_k / 512);
-  // Each chunk has its own partial sum of dq: not more of them than half a gigabyte holds.
-  constexpr int64_t kPartialFloats = 128 << 20;
-  most = min64(most, kPartialFloats / max64(1, p.nheads * query_rows(p) * p.headdim));
-  bool keys_summed = p.dbias != nullptr && p.dbias_stride[3] == 0;
-  plan.chunks = tasks >= 16 || keys_summed ? 1 : max64(1, min64(most, (16 + tasks - 1) / tasks));
-  plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, kBlockN);
-  plan.chunks = max64(1, (p.seqlen_k + plan.chunk_keys - 1) / max64(1, plan.chunk_keys));
-  return plan;
-}
-
-FASTATTN_INLINE int64_t query_row(const AttentionParams& p, const Head& s, int64_t m) {
-  return (p.cu_seqlens_q ? s.q_start : s.b * p.seqlen_q) + m;
-}
-
-template <class T>
-FASTATTN_INLINE T* out_row(void* base, const int64_t (&stride)[3], int64_t b, int64_t row, int64_t h) {
-  return static_cast<T*>(base) + b * stride[0] + row * stride[1] + h * stride[2];
-}
-
-// delta[lane] = rowsum(do * o) - dlse.
-template <class T>
-FASTATTN_INLINE float delta_of(const AttentionBwdParams& p, const Head& s, int64_t m) {
-  const T* dout = out_row<T>(const_cast<void*>(p.dout), p.do_stride, s.b, s.q_start + m, s.h);
-  const T* o = out_row<T>(p.o, p.o_stride, s.b, s.q_start + m, s.h);
-  vf sum = zero();
-  int64_t d = 0;
-  for (; d + VL <= p.headdim_v; d += VL) sum = fma(load(dout + d), load(o + d), sum);
-  if (d < p.headdim_v) sum = fma(load_n(dout + d, p.headdim_v - d), load_n(o + d, p.headdim_v - d), sum);
-  float delta = reduce_add(sum);
-  if (p.dlse != nullptr) delta -= p.dlse[s.b * p.dlse_stride[0] + s.h * p.dlse_stride[1] + s.q_start + m];
-  return delta;
-}
-FASTATTN_INLINE float lse_of(const AttentionParams& p, const Head& s, int64_t m) {
-  return p.lse[s.b * p.lse_stride[0] + s.h * p.lse_stride[1] + s.q_start + m];
-}
-
 template <class T, class Cells>
 struct Backward {
-  // Blocks of queries that share the products over queries: as many as make kM steps of them.
-  static constexpr int kBlocks = Cells::kPerCell;
+  // Blocks of queries that go through a tile together and share the products over queries.
+  static constexpr int kBlocks = 2;
   static constexpr int64_t kPackedRows = kM / Cells::kPerCell, kPackedRowCells = kBlocks * kPackedRows;
   static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
+  // Exponentials beside products: 16 registers hold a product alone.
+  static constexpr bool kBeside = VB == 64 && Cells::kPerCell == 2;
 
   const AttentionBwdParams& p;
   const Plan& plan;
@@ -84,26 +28,33 @@ struct Backward {
   int64_t cells, cells_v, groups, lanes_d, lanes_v;
   float c;
   bool modified;
+  bool around;  // gradients are written around the cache
   // Packed keys of the chunk, per tile of kBlockN: cells by rows, K also by groups; and the accumulators.
   float *k_cells, *k_groups, *v_cells, *dk, *dv;
+  const float *k_read, *v_read;   // the packed cells, or K and V where they lie
   uint8_t *k_not_finite, *begun;  // per tile; begun: dk and dv hold sums, else nothing yet
   // Blocks of kM queries.
   struct Queries {
     Lanes lanes;
     float *q_lanes, *do_lanes, *dq_lanes, *shift, *shift_low, *delta;
+    float *scores, *dp;  // of one register block of keys
+    bool started;        // dq_lanes holds a sum
   } block[kBlocks];
   float *q_rows, *do_rows;  // of all blocks, one after the other
-  // One tile.
+  // One tile. P and dS by rows have the blocks side by side, [keys][kBlocks][kPackedRows]; dS by pairs of keys has a block of
+  // its own per block of queries.
   float *scores, *dp, *p_rows, *ds_rows, *ds_pairs, *keep, *slope;
   PairTiles pairs;
-  // The rows of the next block of queries, or of the next task with its keys, on their way into L2.
-  Ahead coming[5];
+  // The rows of the next block of queries, or of the next task with its keys, on their way into L2, a few per register block.
+  static constexpr int kStreams = 5;
+  Ahead coming[kStreams];
+  int stream = 0;
   int64_t step_rows = 0;
 
   template <class Take>
   void layout(Take&& take) {
     int64_t keys = plan.chunk_keys;
-    bool options = p.mask != nullptr || p.bias != nullptr || p.dropout || p.softcap > 0.0f;
+    bool options = p.mask != nullptr || p.dropout || modified;
     k_cells = take(keys * cells);
     k_groups = take(keys / Cells::kPerCell * groups * kRows);
     v_cells = take(keys * cells_v);
@@ -118,14 +69,16 @@ struct Backward {
       queries.shift = take(kM);
       queries.shift_low = take(kM);
       queries.delta = take(kM);
+      queries.scores = take(kRows * kM);
+      queries.dp = take(kRows * kM);
     }
     q_rows = take(kBlocks * kPackedRows * lanes_d);
     do_rows = take(kBlocks * kPackedRows * lanes_v);
-    scores = take(kBlockN * kM);
+    scores = options ? take(kBlockN * kM) : nullptr;
     dp = take(kBlockN * kM);
-    p_rows = Cells::kPerCell == 2 ? take(kBlockN * kPackedRowCells) : scores;
-    ds_rows = Cells::kPerCell == 2 ? take(kBlockN * kPackedRowCells) : dp;
-    ds_pairs = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : dp;
+    p_rows = take(kBlockN * kPackedRowCells);
+    ds_rows = take(kBlockN * kPackedRowCells);
+    ds_pairs = Cells::kPerCell == 2 ? take(kBlocks * kBlockN * kM / 2) : ds_rows;
     pairs.mask = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
     pairs.bias = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
     keep = options ? take(kBlockN * kM) : nullptr;
@@ -140,6 +93,7 @@ struct Backward {
     lanes_v = round_up(p.headdim_v, kM);
     modified = is_modified(p);
     c = modified ? 1.0f : p.scale * kLog2e;
+    around = writes_around<T>(p, query_rows(p));
     int64_t floats = 0;
     layout([&](int64_t n) {
       floats += round_up(n, 16);
@@ -180,6 +134,7 @@ struct Backward {
     for (int64_t t = 0; t * kBlockN < keys; ++t)
       if (!begun[t]) clear_tile(t, keys);
     store_keys(s, begin, keys);
+    if (around) stream_fence();
   }
 
   void clear_tile(int64_t t, int64_t keys) {
@@ -190,6 +145,7 @@ struct Backward {
 
   void look_ahead(const Head& now, int64_t m, bool more_heads, const Task* next, int64_t keys) {
     for (auto& c : coming) c = Ahead{};
+    stream = 0;
     Head s = now;
     if (m >= now.sq) {
       m = 0;
@@ -204,18 +160,36 @@ struct Backward {
         return;
       }
     }
-    int64_t rows = min64(kBlocks * kM, s.sq - m), row = s.q_start + m;
+    int64_t rows = min64(kBlocks * kM, s.sq - m), steps = 2 * kBlocks * max64(1, keys / kRows), total = 0;
     coming[0] = ahead(q_row<T>(p, s, m), p.q_stride[1], p.headdim, rows);
-    coming[1] = ahead(out_row<T>(const_cast<void*>(p.dout), p.do_stride, s.b, row, s.h), p.do_stride[1], p.headdim_v, rows);
-    coming[2] = ahead(out_row<T>(p.o, p.o_stride, s.b, row, s.h), p.o_stride[1], p.headdim_v, rows);
-    int64_t steps = (2 * kBlocks + 2) * max64(1, keys / kBlockN);
-    step_rows = (max64(kBlocks * kM, coming[3].rows) + steps - 1) / steps;
+    coming[1] = ahead(do_row<T>(p, s, m), p.do_stride[1], p.headdim_v, rows);
+    coming[2] = ahead(o_row<T>(p, s, m), p.o_stride[1], p.headdim_v, rows);
+    for (auto& c : coming) total += c.rows;
+    step_rows = (total + steps - 1) / steps;
   }
-  void fetch() {
-    for (auto& c : coming) c.fetch(step_rows);
+  // Only while S and dP are computed: the other products stream through L1 and need its misses for themselves.
+  void fetch(int64_t steps = 1) {
+    for (int64_t left = steps * step_rows; stream < kStreams && left > 0;) {
+      Ahead& c = coming[stream];
+      int64_t before = c.done;
+      c.fetch(left);
+      left -= c.done - before;
+      if (c.done >= c.rows) ++stream;
+    }
+  }
+
+  // The rows of K or V themselves, where they are cells already, one after the other; else null.
+  const float* in_place(const Head& s, const void* base, const int64_t (&stride)[3], int64_t cols, int64_t begin, int64_t keys) {
+    bool cells_already = sizeof(T) * Cells::kPerCell == sizeof(float) && cols % Cells::kPerCell == 0;
+    if (!cells_already || stride[1] != cols || keys % kRows != 0) return nullptr;
+    return reinterpret_cast<const float*>(key_row<T>(p, s, base, stride, begin));
   }
 
   void pack_keys(const Head& s, int64_t begin, int64_t keys) {
+    const float* k_in_place = in_place(s, p.k, p.k_stride, p.headdim, begin, keys);
+    const float* v_in_place = in_place(s, p.v, p.v_stride, p.headdim_v, begin, keys);
+    k_read = k_in_place != nullptr ? k_in_place : k_cells;
+    v_read = v_in_place != nullptr ? v_in_place : v_cells;
     for (int64_t t = 0; t * kBlockN < keys; ++t) {
       int64_t first = t * kBlockN, count = min64(kBlockN, keys - first), padded = round_up(count, kRows);
       int64_t group_ld = padded / Cells::kPerCell * kRows;
@@ -224,8 +198,8 @@ struct Backward {
       for (int64_t n = 0; n < padded; ++n) {
         float *kc = k_cells + (first + n) * cells, *vc = v_cells + (first + n) * cells_v;
         if (n < count) {
-          bad |= copy_row<Cells>(key_row<T>(p, s, p.k, p.k_stride, begin + first + n), p.headdim, kc);
-          copy_row<Cells>(key_row<T>(p, s, p.v, p.v_stride, begin + first + n), p.headdim_v, vc);
+          if (k_in_place == nullptr) copy_row<Cells>(key_row<T>(p, s, p.k, p.k_stride, begin + first + n), p.headdim, kc);
+          if (v_in_place == nullptr) copy_row<Cells>(key_row<T>(p, s, p.v, p.v_stride, begin + first + n), p.headdim_v, vc);
         } else {
           __builtin_memset(kc, 0, cells * sizeof(float));
           __builtin_memset(vc, 0, cells_v * sizeof(float));
@@ -236,7 +210,7 @@ struct Backward {
         const T* next = n + 1 < count ? key_row<T>(p, s, p.k, p.k_stride, begin + first + n + 1) : nullptr;
         int64_t k = n / Cells::kPerCell;
         if (a != nullptr)
-          group_rows<Cells>(a, next, p.headdim, k, group_ld, groups_of_tile);
+          bad |= group_rows<Cells>(a, next, p.headdim, k, group_ld, groups_of_tile);
         else
           for (int64_t g = 0; g < groups; ++g) __builtin_memset(groups_of_tile + g * group_ld + k * kRows, 0, kRows * 4);
       }
@@ -246,14 +220,11 @@ struct Backward {
 
   void store_keys(const Head& s, int64_t begin, int64_t keys) {
     for (int64_t n = 0; n < keys; ++n) {
-      store_row(dk + n * lanes_d, p.scale, p.headdim, out_row<T>(p.dk, p.dk_stride, s.b, s.k_start + begin + n, s.hk));
-      store_row(dv + n * lanes_v, 1.0f, p.headdim_v, out_row<T>(p.dv, p.dv_stride, s.b, s.k_start + begin + n, s.hk));
+      T* dk_row = out_row<T>(p.dk, p.dk_stride, s.b, s.k_start + begin + n, s.hk);
+      T* dv_row = out_row<T>(p.dv, p.dv_stride, s.b, s.k_start + begin + n, s.hk);
+      store_row(dk + n * lanes_d, p.scale, p.headdim, dk_row, around);
+      store_row(dv + n * lanes_v, 1.0f, p.headdim_v, dv_row, around);
     }
-  }
-  FASTATTN_INLINE void store_row(const float* from, float factor, int64_t cols, T* to) {
-    int64_t d = 0;
-    for (; d + VL <= cols; d += VL) store(to + d, load(from + d) * splat(factor));
-    if (d < cols) store_n(to + d, load(from + d) * splat(factor), cols - d);
   }
 
   void query_blocks(const Head& s, int64_t m0, int64_t begin, int64_t keys, int64_t chunk) {
@@ -262,7 +233,7 @@ struct Backward {
     for (; count < kBlocks && m0 + count * kM < s.sq; ++count) {
       Lanes& lanes = block[count].lanes;
       make_lanes(p, s, m0 + count * kM, lanes);
-      __builtin_memset(block[count].dq_lanes, 0, groups * kRows * kM * sizeof(float));
+      block[count].started = false;
       if (max64(begin, lanes.begin) >= min64(begin + keys, lanes.end)) continue;
       first = min64(first, max64(begin, lanes.begin));
       last = max64(last, min64(begin + keys, lanes.end));
@@ -275,131 +246,292 @@ struct Backward {
   void pack_queries(const Head& s, int index) {
     Queries& b = block[index];
     const Lanes& lanes = b.lanes;
-    const T* q = q_row<T>(p, s, lanes.m0);
-    const T* dout = out_row<T>(const_cast<void*>(p.dout), p.do_stride, s.b, s.q_start + lanes.m0, s.h);
+    const T *q = q_row<T>(p, s, lanes.m0), *dout = do_row<T>(p, s, lanes.m0);
     rows_to_lanes<Cells>(q, p.q_stride[1], lanes.rows, p.headdim, b.q_lanes);
     rows_to_lanes<Cells>(dout, p.do_stride[1], lanes.rows, p.headdim_v, b.do_lanes);
-    for (int64_t i = 0; i < kM; ++i) {
-      bool there = i < lanes.rows;
-      float lse = there ? lse_of(p, s, lanes.m0 + i) : -kInfinity;
-      // An empty row, or a lane without a query: exp2(score - inf) = 0 whatever the score.
-      double exact = -1.4426950408889634 * lse;
-      b.shift[i] = lse == -kInfinity ? -kInfinity : static_cast<float>(exact);
-      // What the rounding of the shift leaves: without it every P of a row would be off by the same 1e-7.
-      b.shift_low[i] = lse == -kInfinity ? 0.0f : static_cast<float>(exact - b.shift[i]);
-      b.delta[i] = there ? delta_of<T>(p, s, lanes.m0 + i) : 0.0f;
-    }
-    pack_rows(b, q, p.q_stride[1], p.headdim, lanes_d, true, q_rows + index * kPackedRows * lanes_d);
-    pack_rows(b, dout, p.do_stride[1], p.headdim_v, lanes_v, false, do_rows + index * kPackedRows * lanes_v);
-  }
-  // Rows as the B operand of the last two products: [kM / kPerCell][ld] cells, zeros past the rows and columns. A row that
-  // sees nothing counts as zeros whatever it holds (its P and dS are 0). So does a q row that holds inf or NaN: where it
-  // sees a key, its dS is NaN already.
-  void pack_rows(const Queries& b, const T* from, int64_t stride, int64_t cols, int64_t ld, bool only_finite, float* to) {
-    constexpr int64_t kPer = Cells::kPerCell;
-    for (int64_t m = 0; m < kM; m += kPer, to += ld) {
-      const T* row[2] = {nullptr, nullptr};
-      for (int64_t i = 0; i < kPer && m + i < b.lanes.rows; ++i)
-        if (b.shift[m + i] != -kInfinity && (!only_finite || is_finite(from + (m + i) * stride, cols)))
-          row[i] = from + (m + i) * stride;
-      for (int64_t d = 0; d < ld; d += VL) {
-        vi x = splat_i(0);
-        if (d < cols && row[0] != nullptr) x = column_cells<Cells>(row[0], row[1], d, cols);
-        if (d < cols && row[0] == nullptr && row[1] != nullptr)
-          x = column_cells<Cells>(row[1], static_cast<const T*>(nullptr), d, cols) << 16;
-        store_i(to + d, x);
-      }
-    }
-  }
-  bool is_finite(const T* row, int64_t cols) {
-    vi bad = splat_i(0);
-    for (int64_t d = 0; d < cols; d += VL) bad |= not_finite(as_int(d + VL <= cols ? load(row + d) : load_n(row + d, cols - d)));
-    return !any(bad);
+    shifts(lse_of(p, s, lanes.m0), lanes.rows, b.shift, b.shift_low);
+    deltas<Cells, T>(p, s, lanes.m0, lanes.rows, b.do_lanes, b.delta);
+    // Where a q row that holds inf or NaN sees a key, its dS is NaN already: dk may count it as zeros.
+    rows_as_steps<Cells>(q, p.q_stride[1], lanes.rows, p.headdim, b.shift, true, lanes_d, q_rows + index * kPackedRows * lanes_d);
+    rows_as_steps<Cells>(dout, p.do_stride[1], lanes.rows, p.headdim_v, b.shift, false, lanes_v,
+                         do_rows + index * kPackedRows * lanes_v);
   }
 
   void store_queries(const Head& s, const Queries& b, int64_t chunk) {
     const Lanes& lanes = b.lanes;
+    if (!b.started) __builtin_memset(b.dq_lanes, 0, groups * kRows * kM * sizeof(float));
     float factor[kM];
-    for (int i = 0; i < kM; ++i) factor[i] = p.scale;
+    for (float& f : factor) f = p.scale;
     if (dq_partial != nullptr) {
       float* to = dq_partial + ((chunk * p.nheads + s.h) * query_rows(p) + query_row(p, s, lanes.m0)) * p.headdim;
       lanes_to_rows(b.dq_lanes, factor, lanes.rows, p.headdim, to, p.headdim);
     } else {
       T* to = out_row<T>(p.dq, p.dq_stride, s.b, s.q_start + lanes.m0, s.h);
-      lanes_to_rows(b.dq_lanes, factor, lanes.rows, p.headdim, to, p.dq_stride[1]);
+      lanes_to_rows(b.dq_lanes, factor, lanes.rows, p.headdim, to, p.dq_stride[1], around);
     }
   }
 
-  // Rows of the chunk that a block of queries sees in a tile; none when count is 0.
+  // What a block of queries sees of a tile: `count` rows from row `at` of the tile on, none when count is 0.
   struct Seen {
-    int64_t at, count;
+    int64_t at = 0, count = 0;
+    Sight sight = Sight::none;
+    __attribute__((always_inline)) bool row(int64_t n) const { return n >= at && n < at + count; }
   };
 
   void tile(const Head& s, int blocks, int64_t begin, int64_t keys, int64_t t) {
+    int64_t tile_begin = t * kBlockN, tile_count = min64(kBlockN, keys - tile_begin), n0 = begin + tile_begin;
     Seen seen[kBlocks];
-    for (int i = 0; i < blocks; ++i) seen[i] = tile_of_block(s, i, begin, keys, t);
-    if (blocks > 1 && seen[0].at == seen[kBlocks - 1].at && seen[0].count == seen[kBlocks - 1].count)
-      return add_to_keys(0, kBlocks, seen[0], keys, t);
-    for (int i = 0; i < blocks; ++i) add_to_keys(i, 1, seen[i], keys, t);
+    for (int i = 0; i < blocks; ++i) seen[i] = seen_by(s, block[i].lanes, n0, tile_count);
+    bool simple = !modified && !p.dropout;
+    for (int i = 0; i < blocks; ++i) simple = simple && seen[i].sight != Sight::some;
+    if (simple)
+      simple_gradients(seen, blocks, n0, tile_begin);
+    else
+      for (int i = 0; i < blocks; ++i) gradients_with_options(s, i, seen[i], n0, tile_begin);
+    for (int i = 0; i < blocks; ++i) add_to_queries(i, seen[i], tile_begin, tile_count, k_not_finite[t]);
+    add_to_keys(seen, blocks, tile_begin, tile_count, t);
   }
 
-  Seen tile_of_block(const Head& s, int index, int64_t begin, int64_t keys, int64_t t) {
+  Seen seen_by(const Head& s, const Lanes& lanes, int64_t n0, int64_t tile_count) {
+    Seen seen;
+    int64_t from = max64(n0, lanes.begin), to = min64(n0 + tile_count, lanes.end);
+    if (from >= to) return seen;
+    seen.sight = mask_sight(p, s, lanes.m0, lanes.rows, from, to - from);
+    if (seen.sight == Sight::none) return seen;
+    seen.at = (from - n0) / kRows * kRows;
+    seen.count = round_up(to - n0 - seen.at, kRows);
+    return seen;
+  }
+
+  // P and dS of a tile without options: a register block of keys at a time, S of every block of queries, then dP with the
+  // exponentials beside it, then dS while dP is in registers.
+  void simple_gradients(const Seen (&seen)[kBlocks], int blocks, int64_t n0, int64_t tile_begin) {
+    Band band[kBlocks];
+    int64_t full_begin[kBlocks], full_end[kBlocks], first = kBlockN, last = 0;
+    for (int i = 0; i < blocks; ++i) {
+      if (seen[i].count == 0) continue;
+      const Lanes& lanes = block[i].lanes;
+      full_begin[i] = lanes.full_begin - n0;
+      full_end[i] = lanes.full_end - n0;
+      first = min64(first, seen[i].at);
+      last = max64(last, seen[i].at + seen[i].count);
+      band[i] = Band::of(lanes, n0, 0, kBlockN);
+    }
+    for (int64_t n = first; n < last; n += kRows) {
+      for (int i = 0; i < blocks; ++i) {
+        if (!seen[i].row(n)) continue;
+        fetch();
+        bool banded = n < full_begin[i] || n + kRows > full_end[i];
+        scores_of_keys(block[i], k_read + (tile_begin + n) * cells, n, banded ? &band[i] : nullptr);
+      }
+      for (int i = 0; i < blocks; ++i) {
+        if (!seen[i].row(n)) continue;
+        fetch();
+        if (n < full_begin[i] || n + kRows > full_end[i] || block[i].lanes.rows < kM)
+          gradients_of_keys<true>(i, v_read + (tile_begin + n) * cells_v, n);
+        else
+          gradients_of_keys<false>(i, v_read + (tile_begin + n) * cells_v, n);
+      }
+    }
+  }
+
+  FASTATTN_INLINE void store_score(float* to, vf x) {
+    if constexpr (kBeside)
+      store_halves(to, x);
+    else
+      store(to, x);
+  }
+
+  void scores_of_keys(Queries& b, const float* k, int64_t n, const Band* band) {
+    int64_t before = (cells - 1) / kChain * kChain;  // cells that earlier, shorter chains have summed
+    float* to = b.scores;
+    if (before > 0) product_rows<Cells>(k, cells, b.q_lanes, kM, kRows, before, to, kM, false);
+    auto whole = [&](int i, int v, vf x) { return before > 0 ? x + load(to + i * kM + v * VL) : x; };
+    const float *a = k + before, *q = b.q_lanes + before * kM;
+    if (band == nullptr)
+      block_product<Cells>(a, cells, 1, q, kM, cells - before,
+                           [&](int i, int v, vf x) { store_score(to + i * kM + v * VL, whole(i, v, x)); });
+    else
+      block_product<Cells>(a, cells, 1, q, kM, cells - before,
+                           [&](int i, int v, vf x) { store_score(to + i * kM + v * VL, band->cut(v, n + i, whole(i, v, x))); });
+  }
+
+  // Scores of a register block of keys to P, in place and by rows, a key per step.
+  struct Probabilities {
+    const Exp2<kDegree> exp2 = Exp2<kDegree>::make();
+    float *scores, *rows;
+    const float *shift, *shift_low;
+    int64_t left = kRows, every = 1;
+    vf scale;
+
+    Probabilities(const Queries& b, float c, float* rows)
+        : scores(b.scores), rows(rows), shift(b.shift), shift_low(b.shift_low), scale(splat(c)) {}
+
+    inline __attribute__((always_inline)) void step() {
+      if (left == 0) return;
+      vf x[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        vf score = fma(load(scores + v * VL), scale, load(shift + v * VL));
+        if constexpr (kDegree != 3) score = score + load(shift_low + v * VL);
+        x[v] = exp2(score);
+        store(scores + v * VL, x[v]);
+      }
+      store_cells(rows, x);
+      --left;
+      scores += kM;
+      rows += kPackedRowCells;
+    }
+    __attribute__((always_inline)) void finish() {
+      while (left > 0) step();
+    }
+  };
+
+  // kM values of a key as cells along queries.
+  FASTATTN_INLINE void store_cells(float* to, const vf (&x)[kVecs]) {
+#if defined(__AVX512BF16__)
+    if constexpr (Cells::kPerCell == 2) return store_i(to, (vi)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
+#endif
+    for (int v = 0; v < kVecs; ++v) store(to + v * VL, x[v]);
+  }
+
+  // kHides: some pairs are not seen, and an invisible pair is 0 whatever V holds.
+  template <bool kHides>
+  void gradients_of_keys(int index, const float* v_rows, int64_t n) {
+    Queries& b = block[index];
+    int64_t before = (cells_v - 1) / kChain * kChain, to = n * kPackedRowCells + index * kPackedRows;
+    if (before > 0) product_rows<Cells>(v_rows, cells_v, b.do_lanes, kM, kRows, before, b.dp, kM, false);
+    Probabilities probabilities(b, c, p_rows + to);
+    vf dp_reg[kRows][kVecs];
+    auto keep_vector = [&](int i, int v, vf x) { dp_reg[i][v] = before > 0 ? x + load(b.dp + i * kM + v * VL) : x; };
+    const float *a = v_rows + before, *dout = b.do_lanes + before * kM;
+    if constexpr (kBeside) {
+      probabilities.every = max64(1, (cells_v - before) / kRows);
+      block_product<Cells>(a, cells_v, 1, dout, kM, cells_v - before, keep_vector, probabilities);
+      probabilities.finish();
+    } else {
+      probabilities.finish();
+      block_product<Cells>(a, cells_v, 1, dout, kM, cells_v - before, keep_vector);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i += 2) {
+      vf ds[2][kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          vf prob = load(b.scores + (i + j) * kM + v * VL);
+          ds[j][v] = prob * (dp_reg[i + j][v] - load(b.delta + v * VL));
+          if constexpr (kHides) ds[j][v] = select((vi)(prob == zero()), zero(), ds[j][v]);
+        }
+      store_score_gradients(index, n + i, ds);
+    }
+  }
+
+  void gradients_with_options(const Head& s, int index, const Seen& seen, int64_t tile_n0, int64_t tile_begin) {
+    if (seen.count == 0) return;
     Queries& b = block[index];
     const Lanes& lanes = b.lanes;
-    int64_t tile_begin = t * kBlockN, tile_count = min64(kBlockN, keys - tile_begin);
-    int64_t from = max64(begin + tile_begin, lanes.begin), to = min64(begin + tile_begin + tile_count, lanes.end);
-    if (from >= to) return {0, 0};
-    Sight sight = mask_sight(p, s, lanes.m0, lanes.rows, from, to - from);
-    if (sight == Sight::none) return {0, 0};
-    int64_t skip = (from - begin - tile_begin) / kRows * kRows;
-    int64_t n0 = begin + tile_begin + skip, count = round_up(to - n0, kRows), at = tile_begin + skip;
-    bool plain = !modified && sight == Sight::all && n0 >= lanes.full_begin && n0 + count <= lanes.full_end;
-
-    fetch();
-    product_rows<Cells>(k_cells + at * cells, cells, b.q_lanes, kM, count, cells, scores, kM, false);
-    if (!plain) {
-      vf top[kVecs];
-      for (int v = 0; v < kVecs; ++v) top[v] = zero();
-      apply_options(p, s, lanes, n0, count, sight, modified, scores, pairs, top, p.softcap > 0.0f ? slope : nullptr);
-    }
-    fetch();
-    product_rows<Cells>(v_cells + at * cells_v, cells_v, b.do_lanes, kM, count, cells_v, dp, kM, false);
+    int64_t n0 = tile_n0 + seen.at, count = seen.count, at = tile_begin + seen.at;
+    fetch(count / kRows);
+    product_rows<Cells>(k_read + at * cells, cells, b.q_lanes, kM, count, cells, scores, kM, false);
+    vf top[kVecs];
+    for (int v = 0; v < kVecs; ++v) top[v] = zero();
+    apply_options(p, s, lanes, n0, count, seen.sight, modified, scores, pairs, top, p.softcap > 0.0f ? slope : nullptr);
+    fetch(count / kRows);
+    product_rows<Cells>(v_read + at * cells_v, cells_v, b.do_lanes, kM, count, cells_v, dp, kM, false);
     if (p.dropout) apply_dropout(p, s, lanes.m0, n0, count, keep);
-    if (Cells::kPerCell == 2 && p.dbias == nullptr && !(p.softcap > 0.0f)) {
-      packed_gradients(b, count, index * kPackedRows);
-    } else {
-      gradients_of_scores(b, count);
-      if (p.dbias != nullptr) add_bias_gradient(s, lanes, n0, min64(count, s.sk - n0));
-      if (p.softcap > 0.0f)
-        for (int64_t i = 0; i < count * kM; i += VL) store(dp + i, load(dp + i) * load(slope + i));
-      if (Cells::kPerCell == 2) pack_scores(count, index * kPackedRows);
+    bool changes = p.dbias != nullptr || p.softcap > 0.0f;  // dS is not done yet
+    for (int64_t n = 0; n < count; n += 2) {
+      vf probs[2][kVecs], ds[2][kVecs];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          Gradient x = gradient(b, n + i, v);
+          probs[i][v] = x.p;
+          ds[i][v] = x.ds;
+          if (changes) store(dp + (n + i) * kM + v * VL, x.ds);
+        }
+      for (int i = 0; i < 2; ++i) store_cells(p_rows + (seen.at + n + i) * kPackedRowCells + index * kPackedRows, probs[i]);
+      if (!changes) store_score_gradients(index, seen.at + n, ds);
     }
-
-    int64_t group_ld = round_up(tile_count, kRows) / Cells::kPerCell * kRows;
-    const float* k_tile = k_groups + tile_begin / Cells::kPerCell * groups * kRows + skip / Cells::kPerCell * kRows;
-    if (__builtin_expect(k_not_finite[t], 0))
-      careful_product<Cells>(k_tile, group_ld, ds_pairs, groups, count / Cells::kPerCell, b.dq_lanes, true);
-    else
-      product_groups<Cells>(k_tile, group_ld, ds_pairs, kM, groups, count / Cells::kPerCell, b.dq_lanes, kM, true);
-    return {at, count};
+    if (!changes) return;
+    if (p.dbias != nullptr) add_bias_gradient(s, lanes, n0, min64(count, s.sk - n0));
+    for (int64_t n = 0; n < count; n += 2) {
+      vf ds[2][kVecs];
+      for (int i = 0; i < 2; ++i)
+        for (int v = 0; v < kVecs; ++v) {
+          int64_t cell = (n + i) * kM + v * VL;
+          ds[i][v] = load(dp + cell);
+          if (p.softcap > 0.0f) ds[i][v] = ds[i][v] * load(slope + cell);
+        }
+      store_score_gradients(index, seen.at + n, ds);
+    }
   }
 
-  // dv += P^T do and dk += dS^T q (= instead of += the first time, when the whole tile is seen) over `blocks` blocks of queries
-  // from `index` on.
-  void add_to_keys(int index, int blocks, Seen seen, int64_t keys, int64_t t) {
+  // dS of keys n and n + 1 of the tile, by rows and, in cells of pairs, by pairs of keys.
+  inline __attribute__((always_inline)) void store_score_gradients(int index, int64_t n, const vf (&ds)[2][kVecs]) {
+    for (int i = 0; i < 2; ++i) store_cells(ds_rows + (n + i) * kPackedRowCells + index * kPackedRows, ds[i]);
+    if constexpr (Cells::kPerCell == 2) {
+      float* to = ds_pairs + index * (kBlockN * kM / 2) + n / 2 * kM;
+      for (int v = 0; v < kVecs; ++v) store_i(to + v * VL, pack_pairs(ds[0][v], ds[1][v]));
+    }
+  }
+
+  // dq^T += K^T dS of a block of queries.
+  void add_to_queries(int index, const Seen& seen, int64_t tile_begin, int64_t tile_count, bool k_not_finite) {
     if (seen.count == 0) return;
-    bool adds = begun[t] || seen.at != t * kBlockN || seen.count != round_up(min64(kBlockN, keys - seen.at), kRows);
-    if (adds && !begun[t]) clear_tile(t, keys);
+    Queries& b = block[index];
+    constexpr int64_t kPer = Cells::kPerCell, ld = kPer == 2 ? kM : kPackedRowCells;
+    int64_t group_ld = round_up(tile_count, kRows) / kPer * kRows, steps = seen.count / kPer;
+    const float* k_tile = k_groups + tile_begin / kPer * groups * kRows + seen.at / kPer * kRows;
+    const float* ds = ds_pairs + (kPer == 2 ? index * (kBlockN * kM / 2) : index * kM) + seen.at / kPer * ld;
+    if (__builtin_expect(k_not_finite, 0)) {
+      for (int64_t i = 0; i < steps; ++i) __builtin_memcpy(dp + i * kM, ds + i * ld, kM * sizeof(float));
+      careful_product<Cells>(k_tile, group_ld, dp, groups, steps, b.dq_lanes, b.started);
+    } else {
+      product_groups<Cells>(k_tile, group_ld, ds, ld, groups, steps, b.dq_lanes, kM, b.started);
+    }
+    b.started = true;
+  }
+
+  // dv += P^T do and dk += dS^T q (= instead of += the first time, when the whole tile is seen).
+  void add_to_keys(const Seen (&seen)[kBlocks], int blocks, int64_t tile_begin, int64_t tile_count, int64_t t) {
+    auto who = [&](int64_t n) {
+      int sees = 0;
+      for (int i = 0; i < blocks; ++i) sees |= seen[i].row(n) << i;
+      return sees;
+    };
+    int64_t padded = round_up(tile_count, kRows), rows = 0;
+    for (int64_t n = 0; n < padded; n += kRows) rows += who(n) != 0 ? kRows : 0;
+    if (rows == 0) return;
+    bool adds = begun[t] || rows < padded;
+    if (adds && !begun[t]) clear_tile(t, tile_begin + tile_count);
     begun[t] = 1;
-    int64_t steps = blocks * kPackedRows, from = index * kPackedRows;
-    fetch();
-    for (int64_t d = 0; d < lanes_v; d += kM)
-      product_rows<Cells>(p_rows + from, kPackedRowCells, do_rows + from * lanes_v + d, lanes_v, seen.count, steps,
-                          dv + seen.at * lanes_v + d, lanes_v, adds);
-    fetch();
-    for (int64_t d = 0; d < lanes_d; d += kM)
-      product_rows<Cells>(ds_rows + from, kPackedRowCells, q_rows + from * lanes_d + d, lanes_d, seen.count, steps,
-                          dk + seen.at * lanes_d + d, lanes_d, adds);
+    for (int64_t n = 0, end; n < padded; n = end) {
+      int sees = who(n);
+      for (end = n + kRows; end < padded && who(end) == sees;) end += kRows;
+      if (sees == 0) continue;
+      int64_t from = sees == 2 ? kPackedRows : 0, steps = sees == 3 ? 2 * kPackedRows : kPackedRows;
+      int64_t row = n * kPackedRowCells + from, to = tile_begin + n;
+      add_rows(p_rows + row, do_rows + from * lanes_v, lanes_v, end - n, steps, dv + to * lanes_v, adds);
+      add_rows(ds_rows + row, q_rows + from * lanes_d, lanes_d, end - n, steps, dk + to * lanes_d, adds);
+    }
+  }
+
+  // c[rows][ld] (+)= a b over `steps` packed rows of queries.
+  void add_rows(const float* a, const float* b, int64_t ld, int64_t rows, int64_t steps, float* c, bool adds) {
+    for (int64_t d = 0; d < ld; d += kM)
+      for (int64_t n = 0; n < rows; n += kRows) {
+        float* to = c + n * ld + d;
+        if (adds)
+          block_product<Cells>(a + n * kPackedRowCells, kPackedRowCells, 1, b + d, ld, steps,
+                               [&](int i, int v, vf x) { store_score(to + i * ld + v * VL, load(to + i * ld + v * VL) + x); });
+        else
+          block_product<Cells>(a + n * kPackedRowCells, kPackedRowCells, 1, b + d, ld, steps,
+                               [&](int i, int v, vf x) { store_score(to + i * ld + v * VL, x); });
+      }
   }
 
   // P (with dropout's factor) and dS = P (dP - delta) of the vector v of key n. An invisible pair is 0 whatever V holds.
@@ -418,54 +550,6 @@ struct Backward {
     return {kept, select((vi)(prob == zero()), zero(), prob * (g - load(b.delta + v * VL)))};
   }
 
-  // scores becomes P and dp becomes dS.
-  void gradients_of_scores(const Queries& b, int64_t count) {
-    for (int64_t n = 0; n < count; ++n)
-      for (int v = 0; v < kVecs; ++v) {
-        Gradient x = gradient(b, n, v);
-        store(scores + n * kM + v * VL, x.p);
-        store(dp + n * kM + v * VL, x.ds);
-      }
-  }
-
-  // bf16: P and dS by rows (pairs along queries, at cell `to` of a row) and dS by pairs of keys.
-  inline __attribute__((always_inline)) void pack_two_keys(int64_t n, int64_t to, const vf (&probs)[2][kVecs],
-                                                           const vf (&ds)[2][kVecs]) {
-#if defined(__AVX512BF16__)
-    auto row = [](const vf(&x)[kVecs]) { return (vi)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]); };
-    for (int i = 0; i < 2; ++i) {
-      store_i(p_rows + (n + i) * kPackedRowCells + to, row(probs[i]));
-      store_i(ds_rows + (n + i) * kPackedRowCells + to, row(ds[i]));
-    }
-    for (int v = 0; v < kVecs; ++v) store_i(ds_pairs + n / 2 * kM + v * VL, pack_pairs(ds[0][v], ds[1][v]));
-#endif
-  }
-  void packed_gradients(const Queries& b, int64_t count, int64_t to) {
-    for (int64_t n = 0; n < count; n += 2) {
-      vf probs[2][kVecs], ds[2][kVecs];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) {
-          Gradient x = gradient(b, n + i, v);
-          probs[i][v] = x.p;
-          ds[i][v] = x.ds;
-        }
-      pack_two_keys(n, to, probs, ds);
-    }
-  }
-  void pack_scores(int64_t count, int64_t to) {
-    for (int64_t n = 0; n < count; n += 2) {
-      vf probs[2][kVecs], ds[2][kVecs];
-      for (int i = 0; i < 2; ++i)
-        for (int v = 0; v < kVecs; ++v) {
-          probs[i][v] = load(scores + (n + i) * kM + v * VL);
-          ds[i][v] = load(dp + (n + i) * kM + v * VL);
-        }
-      pack_two_keys(n, to, probs, ds);
-    }
-  }
-
   void add_bias_gradient(const Head& s, const Lanes& lanes, int64_t n0, int64_t count) {
     const int64_t* st = p.dbias_stride;
     float* to = p.dbias + s.b * st[0] + s.h * st[1] + lanes.m0 * st[2] + n0 * st[3];
@@ -481,42 +565,6 @@ struct Backward {
     }
   }
 };
-
-// dq = sum of the chunks' partial sums, in their order.
-template <class T>
-void reduce_queries(const AttentionBwdParams& p, const Plan& plan, const float* partial) {
-  int64_t rows = query_rows(p), stride = p.nheads * rows * p.headdim;
-  parallel_for(p.nthreads, p.batch * p.nheads, [&](int64_t task) {
-    Head s = head_of(p, task / p.nheads, task % p.nheads);
-    for (int64_t m = 0; m < s.sq; ++m) {
-      const float* from = partial + (s.h * rows + query_row(p, s, m)) * p.headdim;
-      T* to = out_row<T>(p.dq, p.dq_stride, s.b, s.q_start + m, s.h);
-      for (int64_t d = 0; d < p.headdim; d += VL) {
-        int64_t n = min64(VL, p.headdim - d);
-        vf sum = load_n(from + d, n);
-        for (int64_t i = 1; i < plan.chunks; ++i) sum = sum + load_n(from + i * stride + d, n);
-        store_n(to + d, sum, n);
-      }
-    }
-  });
-}
-
-// dsinks[h] = -sum over rows of exp(sink - lse) * delta: the sink is a key whose value is 0.
-template <class T>
-void sink_gradients(const AttentionBwdParams& p) {
-  parallel_for(p.nthreads, p.nheads, [&](int64_t h) {
-    double sum = 0;
-    for (int64_t b = 0; b < p.batch; ++b) {
-      Head s = head_of(p, b, h);
-      for (int64_t m = 0; m < s.sq; ++m) {
-        float lse = lse_of(p, s, m);
-        if (lse == -kInfinity) continue;
-        sum -= static_cast<double>(__builtin_expf(p.sinks[h] - lse)) * delta_of<T>(p, s, m);
-      }
-    }
-    p.dsinks[h] = static_cast<float>(sum);
-  });
-}
 
 template <class T, class Cells>
 void backward(const AttentionBwdParams& p) {

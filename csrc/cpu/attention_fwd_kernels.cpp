@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kBlockN = 128;
 constexpr int64_t kMaxMicros = 8;     // BLOCK_M = up to kMaxMicros * kM queries per task
+constexpr int64_t kManyTasks = 64;    // of the longest: they keep the threads of most machines busy
 constexpr float kLazyRescale = 8.0f;  // rescale o only when the maximum grew by more than 2^8: P stays far from overflow
 
 template <class T, class Cells>
@@ -25,7 +26,8 @@ struct Forward {
 
   const AttentionParams& p;
   int64_t cells, groups, micros;
-  float c;  // raw score to log2 units
+  bool around_cache;  // store o so
+  float c;            // raw score to log2 units
   bool modified;
   // scratch
   float *qt, *ot, *scores, *tiles_of_probs[2], *k_tile, *v_tile, *keep;
@@ -40,11 +42,12 @@ struct Forward {
     return micros * kM * (cells + cols) + kBlockN * (kM * (options ? 5 : 2) + cells + cols) + 1024;
   }
 
-  Forward(const AttentionParams& params, int64_t micros_) : p(params), micros(micros_) {
+  Forward(const AttentionParams& params, int64_t micros_, bool around_cache_)
+      : p(params), micros(micros_), around_cache(around_cache_) {
     cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell;
     groups = round_up(p.headdim_v, kRows) / kRows;
     modified = is_modified(p);
-    c = modified ? 1.0f : p.scale * kLog2e;
+    c = modified ? kLog2e : p.scale * kLog2e;
     float* at = static_cast<float*>(thread_scratch(scratch_floats(p, micros) * 4));
     auto take = [&](int64_t n) {
       float* mine = at;
@@ -79,12 +82,13 @@ struct Forward {
     const float* scores;
     float* probs;
     const float* keep;
+    const Ends ends;  // keys of each vector of lanes
     int64_t left, every = 1;
     vf scale, shift[kVecs];
     vf sum[2][kVecs];  // of this tile, even and odd keys apart: short chains, small rounding
 
-    Exponentials(const Row& r, float c, const float* scores, float* probs, const float* keep, int64_t count)
-        : scores(scores), probs(probs), keep(keep), left(count), scale(splat(c)) {
+    Exponentials(const Row& r, float c, const float* scores, float* probs, const float* keep, const Ends& ends)
+        : scores(scores), probs(probs), keep(keep), ends(ends), left(ends.of[0]), scale(splat(c)) {
       // A lane that has seen nothing has m = -inf: subtracting 0 instead leaves exp2(-inf) = 0.
       for (int v = 0; v < kVecs; ++v) {
         shift[v] = select((vi)(r.m[v] == splat(-kInfinity)), zero(), -r.m[v]);
@@ -94,14 +98,19 @@ struct Forward {
 
     // Step often enough for all of it to fit beside `groups` products of `cells` steps each.
     void spread(int64_t groups, int64_t cells) {
-      int64_t steps = (left / 2 + groups - 1) / groups;
+      int64_t steps = max64(1, (left / 2 + groups - 1) / groups);
       every = max64(1, cells / steps);
     }
 
     inline __attribute__((always_inline)) void step() {
       if (left == 0) return;
+      two_keys<0>();
+      left -= 2;
+    }
+    template <int kFirst>
+    inline __attribute__((always_inline)) void two_keys() {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
+      for (int v = kFirst; v < kVecs; ++v) {
         const float* at = scores + v * VL;
         vf x = exp2(fma(load(at), scale, shift[v])), y = exp2(fma(load(at + kM), scale, shift[v]));
         sum[0][v] = sum[0][v] + x;
@@ -117,13 +126,15 @@ struct Forward {
           store_i(probs + v * VL, pack_pairs(x, y));
         }
       }
-      left -= 2;
       scores += 2 * kM;
       if constexpr (kDropout) keep += 2 * kM;
       probs += 2 / Cells::kPerCell * kM;
     }
     __attribute__((always_inline)) void finish() {
       while (left > 0) step();
+      for (int64_t n = ends.of[0]; n < ends.of[1]; n += 2) two_keys<1>();
+      if constexpr (kVecs > 2)
+        for (int64_t n = ends.of[1]; n < ends.of[kVecs - 1]; n += 2) two_keys<kVecs - 1>();
     }
   };
 
@@ -131,8 +142,10 @@ struct Forward {
   struct Waiting {
     Row* row = nullptr;
     float* o;
-    const float *v, *probs;
-    int64_t v_ld, keys;
+    const float* v;
+    float* probs;
+    int64_t v_ld;
+    Ends ends;  // in cells
     bool v_not_finite;
   };
   Waiting waiting;
@@ -165,6 +178,7 @@ struct Forward {
     }
     multiply();
     for (int64_t i = 0; i < count; ++i) finish(s, rows[i], ot + i * kM * groups * kRows);
+    if (around_cache) stream_fence();
   }
 
   T* o_row(const Head& s, int64_t m) const {
@@ -178,7 +192,7 @@ struct Forward {
     int64_t keys = min64(kBlockN, end - n0);
     if (keys > 0) {
       set_ahead(s, n0, keys);
-    } else {
+    } else if (!around_cache) {
       o_ahead = ahead(o_row(s, m_begin), p.o_stride[1], p.headdim_v, min64(blocks * kM, s.sq - m_begin));
     }
     if (keys <= 0 && next != nullptr) {
@@ -232,6 +246,9 @@ struct Forward {
     vf top[kVecs];
     for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
     bias_ahead = bias_rows(s, r.lanes, n0, min64(count, s.sk - n0));
+    Ends ends;  // The first lanes of a diagonal see fewer keys.
+    for (int v = 0; v < kVecs; ++v)
+      ends.of[v] = banded ? max64(0, min64(count, round_up(r.lanes.last[(v + 1) * VL - 1] - n0, kRows))) : count;
     const float* q = qt + index * kM * cells;
     int64_t before = (cells - 1) / kChain * kChain;  // cells that earlier, shorter chains have summed
     if (before > 0) product_rows<Cells>(k, tiles.k_ld, q, kM, count, before, scores, kM, false);
@@ -240,17 +257,21 @@ struct Forward {
       k_ahead.fetch(step_rows);
       v_ahead.fetch(step_rows);
       q_ahead.fetch(step_rows);
-      o_ahead.fetch<true>(step_rows);
+      o_ahead.fetch(step_rows);
       bias_ahead.fetch(kM * kRows / kBlockN + 1);
       const float *a = k + n * tiles.k_ld + before, *b = q + before * kM;
       auto whole = [&](int i, int v, vf x) { return before > 0 ? x + load(to + i * kM + v * VL) : x; };
-      if (banded && (n < plain_begin || n + kRows > plain_end))
-        block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, [&](int i, int v, vf x) {
-          x = whole(i, v, x);
-          x = band.cut(v, n + i, x);
-          store_score(to + i * kM + v * VL, x);
-          top[v] = max(top[v], x);
-        });
+      auto keep_cut = [&](int i, int v, vf x) __attribute__((always_inline)) {
+        x = band.cut(v, n + i, whole(i, v, x));
+        store_score(to + i * kM + v * VL, x);
+        top[v] = max(top[v], x);
+      };
+      if (n >= ends.of[0] && n >= ends.of[kVecs - 2])
+        block_product<Cells, kVecs - 1>(a, tiles.k_ld, 1, b, kM, cells - before, keep_cut);
+      else if (n >= ends.of[0])
+        block_product<Cells, 1>(a, tiles.k_ld, 1, b, kM, cells - before, keep_cut);
+      else if (banded && (n < plain_begin || n + kRows > plain_end))
+        block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, keep_cut);
       else
         block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, [&](int i, int v, vf x) {
           x = whole(i, v, x);
@@ -260,7 +281,7 @@ struct Forward {
     }
     if (rewritten) {
       for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
-      apply_options(p, s, r.lanes, n0, count, sight, modified, scores, pairs, top, nullptr);
+      apply_options(p, s, r.lanes, n0, count, sight, modified, scores, pairs, top, nullptr, false);
     }
     float* o = ot + index * kM * groups * kRows;
     if (waiting.row == &r) multiply();  // before o is rescaled
@@ -269,17 +290,18 @@ struct Forward {
     if (p.dropout) {
       apply_dropout(p, s, r.lanes.m0, n0, count, keep);
       multiply();
-      Exponentials<true> exponentials(r, c, scores, probs, keep, count);
+      Exponentials<true> exponentials(r, c, scores, probs, keep, ends);
       exponentials.finish();
       r.add(exponentials.sum);
     } else {
-      Exponentials<false> exponentials(r, c, scores, probs, nullptr, count);
+      Exponentials<false> exponentials(r, c, scores, probs, nullptr, ends);
       if constexpr (kBeside) multiply_beside(exponentials);
       exponentials.finish();
       r.add(exponentials.sum);
     }
     const float* v_cells = tiles.v() + skip / Cells::kPerCell * kRows;
-    waiting = {&r, o, v_cells, probs, tiles.v_ld, count, tiles.v_not_finite};
+    for (int64_t& end : ends.of) end /= Cells::kPerCell;
+    waiting = {&r, o, v_cells, probs, tiles.v_ld, ends, tiles.v_not_finite};
     turn ^= 1;
     if (!kBeside) multiply();
   }
@@ -288,11 +310,14 @@ struct Forward {
   __attribute__((noinline)) void multiply() {
     const Waiting& w = waiting;
     if (w.row == nullptr) return;
-    int64_t count = w.keys / Cells::kPerCell;
-    if (__builtin_expect(w.v_not_finite, 0))
+    if (__builtin_expect(w.v_not_finite, 0)) {
+      int64_t count = w.ends.of[kVecs - 1];
+      for (int v = 0; v < kVecs; ++v)
+        for (int64_t k = w.ends.of[v]; k < count; ++k) store(w.probs + k * kM + v * VL, zero());
       careful_product<Cells>(w.v, w.v_ld, w.probs, groups, count, w.o, w.row->started);
-    else
-      product_groups<Cells>(w.v, w.v_ld, w.probs, kM, groups, count, w.o, kM, w.row->started);
+    } else {
+      product_groups<Cells>(w.v, w.v_ld, w.probs, kM, groups, w.ends.of[0], w.o, kM, w.row->started, NoSide{}, &w.ends);
+    }
     w.row->started = true;
     waiting.row = nullptr;
   }
@@ -301,9 +326,8 @@ struct Forward {
   inline __attribute__((always_inline)) void multiply_beside(Exponentials<false>& exponentials) {
     const Waiting& w = waiting;
     if (w.row == nullptr || w.v_not_finite) return multiply();
-    int64_t count = w.keys / Cells::kPerCell;
-    exponentials.spread(groups, count);
-    product_groups<Cells>(w.v, w.v_ld, w.probs, kM, groups, count, w.o, kM, w.row->started, exponentials);
+    exponentials.spread(groups, w.ends.of[0]);
+    product_groups<Cells>(w.v, w.v_ld, w.probs, kM, groups, w.ends.of[0], w.o, kM, w.row->started, exponentials, &w.ends);
     w.row->started = true;
     waiting.row = nullptr;
   }
@@ -326,7 +350,7 @@ struct Forward {
   }
 
   void finish(const Head& s, Row& r, const float* o) {
-    float factor[kM], lse[kM];
+    float factor[kM], lse[kM], m[kM], l[kM];
     for (int v = 0; v < kVecs; ++v) {
       if (p.sinks != nullptr) {
         vf sink = splat(p.sinks[s.h] * kLog2e), m = max(sink, r.m[v]);
@@ -340,18 +364,18 @@ struct Forward {
       } else {
         store(factor + v * VL, splat(1.0f) / r.l[v]);
       }
-      store(lse + v * VL, r.l[v]);
+      store(m + v * VL, r.m[v]);
+      store(l + v * VL, r.l[v]);
     }
-    for (int v = 0; v < kVecs; ++v)
-      for (int i = 0; i < VL; ++i) {
-        int lane = v * VL + i;
-        float l = lse[lane];
-        if (l == 0.0f) factor[lane] = 0.0f;
-        lse[lane] = l == 0.0f ? -kInfinity : static_cast<float>(r.m[v][i] * 0.6931471805599453 + __builtin_log(l));
-      }
+    log_sums(m, l, lse, kM);
+    for (int v = 0; v < kVecs; ++v) {
+      vi empty = (vi)(r.l[v] == zero());
+      store(factor + v * VL, select(empty, zero(), load(factor + v * VL)));
+      store(lse + v * VL, select(empty, splat(-kInfinity), load(lse + v * VL)));
+    }
     T* to = o_row(s, r.lanes.m0);
     if (r.started) {
-      lanes_to_rows(o, factor, r.lanes.rows, p.headdim_v, to, p.o_stride[1]);
+      lanes_to_rows(o, factor, r.lanes.rows, p.headdim_v, to, p.o_stride[1], around_cache);
     } else {
       for (int64_t i = 0; i < r.lanes.rows; ++i)
         for (int64_t d = 0; d < p.headdim_v; ++d) to[i * p.o_stride[1] + d] = T{};
@@ -363,23 +387,40 @@ struct Forward {
   }
 };
 
+// Another core may hold the lines of o from the last time that its memory was used, and nobody needs what is in them: with
+// several threads o goes around the cache, and even who reads all of it next is faster. One thread alone knows its lines.
+template <class T>
+bool o_around_cache(const AttentionParams& p) {
+  auto whole_lines = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(T)) % 64 == 0; };
+  if (VB < 64 || reinterpret_cast<uintptr_t>(p.o) % 64 != 0 || !whole_lines(p.headdim_v)) return false;
+  for (int64_t stride : p.o_stride)
+    if (!whole_lines(stride)) return false;
+  int64_t rows =
+      p.batch * (p.seqlen_q * p.nheads * (p.headdim + p.headdim_v) + p.seqlen_k * p.nheads_k * (p.headdim + p.headdim_v));
+  return p.nthreads > 1 || rows * static_cast<int64_t>(sizeof(T)) > kNonTemporalBytes;
+}
+
 template <class T, class Cells>
 void forward(const AttentionParams& p) {
-  int64_t micros = p.seqlen_q >= 1024 ? kMaxMicros : kMaxMicros / 2;
+  // Long tasks pack each tile of keys for more queries; with few heads short ones keep more threads busy.
+  int64_t long_tasks = p.batch * p.nheads * round_up(p.seqlen_q, kMaxMicros * kM) / (kMaxMicros * kM);
+  int64_t micros = p.seqlen_q >= 1024 || long_tasks >= kManyTasks ? kMaxMicros : kMaxMicros / 2;
   if (p.headdim + p.headdim_v > 256) micros = p.headdim + p.headdim_v > 512 ? 2 : 4;
   micros = min64(micros, round_up(p.seqlen_q, kM) / kM);
   int64_t block = micros * kM, blocks = round_up(p.seqlen_q, block) / block, heads = p.batch * p.nheads;
-  bool causal = p.right < kUnbounded;
+  bool causal = p.right < kUnbounded, around_cache = o_around_cache<T>(p);
   using Task = typename Forward<T, Cells>::Task;
+  // Neighbours share keys, or rows of bias where every batch entry has the same. With a right bound the longest rows go first.
+  int64_t copies = p.bias != nullptr && p.bias_stride[0] == 0 ? p.batch : 1;
   auto task_of = [&](int64_t task) {
-    // Without a right bound neighbours share keys; with one, the longest rows go first.
-    int64_t head = causal ? task % heads : task / blocks;
-    int64_t m = causal ? blocks - 1 - task / heads : task % blocks;
-    return Task{head / p.nheads, head % p.nheads, m * block};
+    int64_t copy = task % copies, rest = task / copies, heads_left = heads / copies;
+    int64_t head = causal ? rest % heads_left : rest / blocks;
+    int64_t m = causal ? blocks - 1 - rest / heads_left : rest % blocks;
+    return Task{copies > 1 ? copy : head / p.nheads, head % p.nheads, m * block};
   };
   parallel_for_ahead(p.nthreads, blocks * heads, [&](int64_t task, int64_t next) {
     Task then = task_of(next < blocks * heads ? next : task);
-    Forward<T, Cells>(p, micros).run(task_of(task), next < blocks * heads ? &then : nullptr);
+    Forward<T, Cells>(p, micros, around_cache).run(task_of(task), next < blocks * heads ? &then : nullptr);
   });
 }
 

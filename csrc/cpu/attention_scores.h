@@ -243,13 +243,23 @@ FASTATTN_INLINE vf cell_value(f16, vi cell, int half) {
   return widen_f16(__builtin_convertvector(half == 0 ? cell & 0xffff : (vi)((vu)cell >> 16), vh));
 }
 
-// x * scale + bias, in log2 units, for a bias with rows of its own and no other option: transposed in registers and added at
-// once. Keys past `seen` are padding.
+// x * scale + b; -inf where b hides the key, whatever x is.
+FASTATTN_INLINE vf add_visible(vf x, vf scale, vf b) {
+#if VB == 64
+  __mmask16 seen = _mm512_cmp_ps_mask((__m512)b, _mm512_set1_ps(-kInfinity), _CMP_NEQ_UQ);
+  return (vf)_mm512_mask3_fmadd_ps((__m512)x, (__m512)scale, (__m512)b, seen);
+#else
+  return select((vi)(b == splat(-kInfinity)), b, fma(x, scale, b));
+#endif
+}
+
+// x * scale + bias, for a bias with rows of its own and no other option: transposed in registers and added at once. Keys past
+// `seen` are padding. In natural units, or in log2 units if `log2`.
 template <class T>
-FASTATTN_INLINE void add_bias(const T* bias, int64_t stride, float scale, const Lanes& lanes, const Band* band, int64_t seen,
-                              int64_t count, float* tile, vf (&top)[kVecs]) {
+FASTATTN_INLINE void add_bias(const T* bias, int64_t stride, float scale, bool log2, const Lanes& lanes, const Band* band,
+                              int64_t seen, int64_t count, float* tile, vf (&top)[kVecs]) {
   constexpr int kPack = BiasCells<T>::kPerCell;
-  vf factor = splat(scale * kLog2e), log2e = splat(kLog2e), hidden = splat(-kInfinity);
+  vf factor = splat(log2 ? scale * kLog2e : scale), unit = splat(kLog2e), hidden = splat(-kInfinity);
   for (int v = 0; v < kVecs; ++v) {
     vf most = hidden;
     for (int64_t n = 0; n < seen; n += kPack * VL) {
@@ -261,12 +271,18 @@ FASTATTN_INLINE void add_bias(const T* bias, int64_t stride, float scale, const 
       transpose(block);
       int64_t width = min64(kPack * VL, seen - n);
       float* to = tile + n * kM + v * VL;
-      for (int64_t i = 0; i < width; ++i) {
-        vf b = cell_value(T{}, block[i / kPack], i % kPack);
-        vf x = select((vi)(b == hidden), hidden, fma(load(to + i * kM), factor, b * log2e));
+      auto add = [&](int64_t i, vf b) __attribute__((always_inline)) {
+        if (log2) b = b * unit;
+        vf x = add_visible(load(to + i * kM), factor, b);
         if (band != nullptr) x = band->cut(v, n + i, x);
         most = max(most, x);
         store(to + i * kM, x);
+      };
+      if (width == kPack * VL) {
+#pragma GCC unroll 32
+        for (int i = 0; i < kPack * VL; ++i) add(i, cell_value(T{}, block[i / kPack], i % kPack));
+      } else {
+        for (int64_t i = 0; i < width; ++i) add(i, cell_value(T{}, block[i / kPack], i % kPack));
       }
     }
     for (int64_t n = seen; n < count; ++n) store(tile + n * kM + v * VL, hidden);
@@ -275,11 +291,11 @@ FASTATTN_INLINE void add_bias(const T* bias, int64_t stride, float scale, const 
 }
 
 // Applies the options to raw = k q in place. Afterwards visible scores are in log2 units when `modified` (multiply by 1),
-// else still raw (multiply by scale * log2 e), and invisible ones -inf. Takes the running maximum of what it leaves.
-// slopes, if not null, receives d score / d raw of the softcap (backward).
+// or in natural ones unless `log2` (multiply by log2 e), else still raw (multiply by scale * log2 e), and invisible ones -inf.
+// Takes the running maximum of what it leaves. slopes, if not null, receives d score / d raw of the softcap (backward).
 FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, const Lanes& lanes, int64_t n0, int64_t count,
                                    Sight sight, bool modified, float* tile, const PairTiles& pairs, vf (&top)[kVecs],
-                                   float* softcap_slope) {
+                                   float* softcap_slope, bool log2 = true) {
   int64_t seen = min64(count, s.sk - n0);  // rows past the sequence are padding of the tile
   bool masked = sight != Sight::all;
   bool banded = n0 < lanes.full_begin || n0 + count > lanes.full_end;
@@ -292,7 +308,9 @@ FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, cons
   if (only_bias && !masked && p.bias_stride[2] != 0 && p.bias_stride[3] == 1) {
     const int64_t* st = p.bias_stride;
     int64_t at = s.b * st[0] + s.h * st[1] + lanes.m0 * st[2] + n0;
-    auto add = [&](auto* bias) { add_bias(bias + at, st[2], p.scale, lanes, banded ? &band : nullptr, seen, count, tile, top); };
+    auto add = [&](auto* bias) {
+      add_bias(bias + at, st[2], p.scale, log2, lanes, banded ? &band : nullptr, seen, count, tile, top);
+    };
     if (p.bias_dtype == 0) return add(static_cast<const float*>(p.bias));
     if (p.bias_dtype == 1) return add(static_cast<const bf16*>(p.bias));
     return add(static_cast<const f16*>(p.bias));
@@ -301,6 +319,7 @@ FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, cons
   vf distance[kVecs];  // from the diagonal to key n0
   for (int v = 0; v < kVecs; ++v)
     distance[v] = __builtin_convertvector(iota() + splat_i(static_cast<int32_t>(lanes.m0 + v * VL + s.diagonal - n0)), vf);
+  float unit = log2 ? kLog2e : 1.0f;
   vf inner = splat(p.softcap > 0.0f ? p.scale / p.softcap : p.scale);
   for (int64_t n = 0; n < count; ++n) {
     for (int v = 0; v < kVecs; ++v) {
@@ -308,7 +327,7 @@ FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, cons
       vf x = load(at);
       if (only_bias) {
         vf bias = n < seen ? as_float(load_i(pairs.bias + n * kM + v * VL)) : zero();
-        x = select((vi)(bias == splat(-kInfinity)), bias, fma(x, splat(p.scale * kLog2e), bias * splat(kLog2e)));
+        x = add_visible(x, splat(p.scale * unit), bias * splat(unit));
       } else if (modified) {
         x = x * inner;
         if (p.softcap > 0.0f) {
@@ -324,7 +343,7 @@ FASTATTN_INLINE void apply_options(const AttentionParams& p, const Head& s, cons
           vf bias = as_float(load_i(pairs.bias + n * kM + v * VL));
           x = select((vi)(bias == splat(-kInfinity)), bias, x + bias);
         }
-        x = x * splat(kLog2e);
+        x = x * splat(unit);
       }
       if (banded) x = band.cut(v, n, x);
       if (masked && n < seen) {

@@ -11,18 +11,6 @@ constexpr bool is_f16 = false;
 template <>
 constexpr bool is_f16<f16> = true;
 
-// Two vectors of probabilities as bf16 pairs (x in the low half): the B operand of the second product.
-FASTATTN_INLINE vi pack_pairs(vf x, vf y) {
-#if defined(__AVX512BF16__)
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                         19, 3, 18, 2, 17, 1, 16, 0);
-  __m512bh both = _mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
-  return (vi)_mm512_permutexvar_epi16(order, (__m512i)both);
-#else
-  return __builtin_convertvector(narrow_bf16(x), vi) | (__builtin_convertvector(narrow_bf16(y), vi) << 16);
-#endif
-}
-
 template <class T, class Cells>
 struct KeyTiles {
   const AttentionParams& p;

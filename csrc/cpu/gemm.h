@@ -38,40 +38,50 @@ struct PairCells {
 // that is busy with multiply-adds has other pipes idle; out of order execution alone does not look far enough ahead.
 struct NoSide {};
 
-// One register block. A(i, k) = a[i * row + k * col]. epilogue(i, v, value) takes each finished vector.
-template <class Cells, class Epilogue, class Side = NoSide>
+// The number of steps of each vector of lanes, none more than of the next: at a diagonal the first lanes end first.
+struct Ends {
+  int64_t of[kVecs];
+};
+
+// One register block. A(i, k) = a[i * row + k * col]. epilogue(i, v, value) takes each finished vector from kFirst on.
+template <class Cells, int kFirst = 0, class Epilogue, class Side = NoSide>
 FASTATTN_INLINE void block_product(const float* a, int64_t row, int64_t col, const float* b, int64_t ldb, int64_t count,
-                                   Epilogue&& epilogue, Side&& side = Side{}) {
+                                   Epilogue&& epilogue, Side&& side = Side{}, const Ends* ends = nullptr) {
   vf acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) acc[i][v] = zero();
-  auto steps = [&](int64_t n) __attribute__((always_inline)) {
+  auto steps = [&](auto first, int64_t n) __attribute__((always_inline)) {
     for (int64_t k = 0; k < n; ++k) {
       vf bk[kVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) bk[v] = load(b + v * VL);
+      for (int v = first; v < kVecs; ++v) bk[v] = load(b + v * VL);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) acc[i][v] = Cells::mul_add(acc[i][v], a + i * row, bk[v]);
+        for (int v = first; v < kVecs; ++v) acc[i][v] = Cells::mul_add(acc[i][v], a + i * row, bk[v]);
       a += col;
       b += ldb;
     }
   };
+  constexpr std::integral_constant<int, kFirst> all{};
   if constexpr (std::is_same_v<std::decay_t<Side>, NoSide>) {
-    steps(count);
+    steps(all, count);
   } else {
     for (; count > 0; count -= side.every) {
-      steps(count < side.every ? count : side.every);
+      steps(all, count < side.every ? count : side.every);
       side.step();
     }
+  }
+  if (ends != nullptr) {
+    if constexpr (kVecs > 1) steps(std::integral_constant<int, 1>{}, ends->of[1] - ends->of[0]);
+    if constexpr (kVecs > 2) steps(std::integral_constant<int, 2>{}, ends->of[2] - ends->of[1]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) epilogue(i, v, acc[i][v]);
+    for (int v = kFirst; v < kVecs; ++v) epilogue(i, v, acc[i][v]);
 }
 
 // Accumulators start at zero and are added to C at the end: a tile's partial sum is rounded on its own scale, which
@@ -98,12 +108,12 @@ static void product_rows(const float* a, int64_t lda, const float* b, int64_t ld
 // C[groups * kRows][kM] += A^T B for A stored in groups: [group][group_ld cells apart][k][kRows].
 template <class Cells, class Side = NoSide>
 FASTATTN_INLINE void product_groups(const float* a, int64_t group_ld, const float* b, int64_t ldb, int64_t groups, int64_t count,
-                                    float* c, int64_t ldc, bool accumulate, Side&& side = Side{}) {
+                                    float* c, int64_t ldc, bool accumulate, Side&& side = Side{}, const Ends* ends = nullptr) {
   for (int64_t g = 0; g < groups; ++g, a += group_ld, c += kRows * ldc) {
     if (accumulate)
-      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { add_to(c + i * ldc + v * VL, x); }, side);
+      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { add_to(c + i * ldc + v * VL, x); }, side, ends);
     else
-      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); }, side);
+      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); }, side, ends);
   }
 }
 

@@ -11,8 +11,6 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-// Above this many bytes read and written, output lines would be evicted before anybody reads them: write around the cache.
-constexpr int64_t kNonTemporalBytes = 24 << 20;
 // Below this many elements a parallel region costs more than it saves.
 constexpr int64_t kParallelElements = 32 << 10;
 
@@ -164,27 +162,6 @@ FASTATTN_INLINE void emit(T* p, pair x, int64_t n) {
   if (n > VL) store_n(p + VL, upper_half(x), n - VL);
 }
 
-#if defined(__x86_64__)
-#if VB == 64
-FASTATTN_INLINE void stream_bits(void* p, vi x) { _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)x); }
-FASTATTN_INLINE void stream_bits(void* p, vh x) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x); }
-#elif VB == 32
-FASTATTN_INLINE void stream_bits(void* p, vi x) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x); }
-FASTATTN_INLINE void stream_bits(void* p, vh x) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x); }
-#else
-FASTATTN_INLINE void stream_bits(void* p, vi x) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x); }
-FASTATTN_INLINE void stream_bits(void* p, vh x) { _mm_stream_si64(static_cast<long long*>(p), (long long)x); }
-#endif
-FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
-FASTATTN_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
-#else
-template <class V>
-FASTATTN_INLINE void stream_bits(void* p, V x) {
-  __builtin_memcpy(p, &x, sizeof x);
-}
-FASTATTN_INLINE void stream_fence() {}
-FASTATTN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-#endif
 FASTATTN_INLINE void stream(float* p, vf x) { stream_bits(p, as_int(x)); }
 FASTATTN_INLINE void stream(f16* p, vf x) { stream_bits(p, narrow_f16(x)); }
 FASTATTN_INLINE void stream(bf16* p, pair x) { stream_bits(p, join(x)); }

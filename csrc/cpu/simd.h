@@ -211,6 +211,31 @@ FASTATTN_INLINE T from_float(float x) {
   return h[0];
 }
 
+// ---- Stores around the cache.
+// Above this many bytes read and written, output lines would be evicted before anybody reads them: write around the cache.
+constexpr int64_t kNonTemporalBytes = 24 << 20;
+#if defined(__x86_64__)
+#if VB == 64
+FASTATTN_INLINE void stream_bits(void* p, vi x) { _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)x); }
+FASTATTN_INLINE void stream_bits(void* p, vh x) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x); }
+#elif VB == 32
+FASTATTN_INLINE void stream_bits(void* p, vi x) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)x); }
+FASTATTN_INLINE void stream_bits(void* p, vh x) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x); }
+#else
+FASTATTN_INLINE void stream_bits(void* p, vi x) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)x); }
+FASTATTN_INLINE void stream_bits(void* p, vh x) { _mm_stream_si64(static_cast<long long*>(p), (long long)x); }
+#endif
+FASTATTN_INLINE void stream_fence() { _mm_sfence(); }
+FASTATTN_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+#else
+template <class V>
+FASTATTN_INLINE void stream_bits(void* p, V x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+FASTATTN_INLINE void stream_fence() {}
+FASTATTN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+#endif
+
 // ---- 2^x. Own minimax fits of 2^f on [-1/2, 1/2] with p(0) = 1 (Lawson iteration): relative error 2.0e-9 (degree 6),
 // 1.0e-4 (degree 3, for results that are rounded to bf16, 4e-3). Exact 0 for -inf and below 2^-126; NaN stays NaN.
 template <int Degree>
@@ -244,6 +269,25 @@ FASTATTN_INLINE vf exp2(vf x) {
   y = select((vi)(x < splat(-126.0f)), zero(), y);
   return select((vi)(x != x), x, y);
 #endif
+}
+
+// to = m ln 2 + ln l of n (a multiple of VL) lanes, in doubles: a float's rounding of m ln 2 would scale probabilities later.
+// l is positive, inf or NaN. l = 2^e z with z in [sqrt(1/2), sqrt(2)), and ln z = 2 atanh((z - 1) / (z + 1)) to 2e-11.
+static inline void log_sums(const float* m, const float* l, float* to, int n) {
+  typedef float half __attribute__((vector_size(VB / 2), aligned(4), may_alias));
+  typedef double vd __attribute__((vector_size(VB)));
+  typedef int64_t vl __attribute__((vector_size(VB)));
+  for (int i = 0; i < n; i += VL / 2) {
+    vd x = __builtin_convertvector(*reinterpret_cast<const half*>(l + i), vd);
+    vl bits = (vl)x, exponent = (bits - 0x3fe6a09e667f3bcd) & (int64_t)0xfff0000000000000;
+    vd z = (vd)(bits - exponent), e = (vd)((exponent >> 52) + 0x4338000000000000) - 0x1.8p52;
+    vd s = (z - 1.0) / (z + 1.0), t = s * s;
+    vd series = ((((t * (2.0 / 11) + 2.0 / 9) * t + 2.0 / 7) * t + 2.0 / 5) * t + 2.0 / 3) * t + 2.0;
+    vd y = (__builtin_convertvector(*reinterpret_cast<const half*>(m + i), vd) + e) * 0.6931471805599453 + series * s;
+    vl plain = (vl)(x < __builtin_inf());
+    y = (vd)((plain & (vl)y) | (~plain & (vl)x));
+    *reinterpret_cast<half*>(to + i) = __builtin_convertvector(y, half);
+  }
 }
 
 #if defined(__AVX512BF16__)

@@ -76,15 +76,49 @@ FASTATTN_INLINE void rows_to_lanes(const T* from, int64_t stride, int64_t rows, 
   }
 }
 
+// Two vectors as bf16 pairs (x in the low half): the B operand of a product of probabilities. The instruction flushes denormals.
+FASTATTN_INLINE vi pack_pairs(vf x, vf y) {
+#if defined(__AVX512BF16__)
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
+  __m512bh both = _mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+  return (vi)_mm512_permutexvar_epi16(order, (__m512i)both);
+#else
+  return __builtin_convertvector(narrow_bf16(x), vi) | (__builtin_convertvector(narrow_bf16(y), vi) << 16);
+#endif
+}
+
 // Two columns as cells of one: 16-bit results need half the transposes.
 FASTATTN_INLINE vi narrow_pair(bf16, vf x, vf y) { return (vi)((vu)round_bf16(x) >> 16) | (round_bf16(y) & (int32_t)0xffff0000); }
 FASTATTN_INLINE vi narrow_pair(f16, vf x, vf y) {
   return __builtin_convertvector(narrow_f16(x), vi) | (__builtin_convertvector(narrow_f16(y), vi) << 16);
 }
 
-// The inverse for results: row `lane` of `to` gets from[col][lane] * factor[lane], rounded to T.
+// The same for 2 VL columns by the conversion instruction, where there is one; false if a denormal would be lost.
+template <class T, class Column>
+FASTATTN_INLINE bool pack_columns(T, Column&&, vi (&)[VL]) {
+  return false;
+}
+#if defined(__AVX512BF16__)
+template <class Column>
+FASTATTN_INLINE bool pack_columns(bf16, Column&& column, vi (&block)[VL]) {
+  constexpr int kDenormal = 0x20;
+  __mmask16 lost = 0;
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) {
+    vf x = column(2 * i), y = column(2 * i + 1);
+    lost |= _mm512_fpclass_ps_mask((__m512)x, kDenormal) | _mm512_fpclass_ps_mask((__m512)y, kDenormal);
+    block[i] = pack_pairs(x, y);
+  }
+  return lost == 0;
+}
+#endif
+
+// The inverse for results: row `lane` of `to` gets from[col][lane] * factor[lane], rounded to T. `around_cache`: rows are whole,
+// aligned cache lines, stored without reading what was there.
 template <class T>
-FASTATTN_INLINE void lanes_to_rows(const float* from, const float* factor, int64_t rows, int64_t cols, T* to, int64_t stride) {
+FASTATTN_INLINE void lanes_to_rows(const float* from, const float* factor, int64_t rows, int64_t cols, T* to, int64_t stride,
+                                   bool around_cache = false) {
   constexpr int kPack = 4 / sizeof(T);
   for (int64_t lane = 0; lane < kM && lane < rows; lane += VL) {
     vf scale = load(factor + lane);
@@ -92,12 +126,12 @@ FASTATTN_INLINE void lanes_to_rows(const float* from, const float* factor, int64
       vi block[VL];
       int64_t n = min64(kPack * VL, cols - c), lanes = min64(VL, rows - lane);
       auto columns = [&](auto&& column) __attribute__((always_inline)) {
+        if constexpr (kPack == 1) {
 #pragma GCC unroll 16
-        for (int i = 0; i < VL; ++i) {
-          if constexpr (kPack == 2)
-            block[i] = narrow_pair(T{}, column(2 * i), column(2 * i + 1));
-          else
-            block[i] = as_int(column(i));
+          for (int i = 0; i < VL; ++i) block[i] = as_int(column(i));
+        } else if (!pack_columns(T{}, column, block)) {
+#pragma GCC unroll 16
+          for (int i = 0; i < VL; ++i) block[i] = narrow_pair(T{}, column(2 * i), column(2 * i + 1));
         }
       };
       if (n == kPack * VL)
@@ -107,10 +141,12 @@ FASTATTN_INLINE void lanes_to_rows(const float* from, const float* factor, int64
       transpose(block);
       for (int i = 0; i < lanes; ++i) {
         T* row = to + (lane + i) * stride + c;
-        if (n == kPack * VL)
-          store_i(row, block[i]);
-        else
+        if (n < kPack * VL)
           __builtin_memcpy(row, &block[i], n * sizeof(T));
+        else if (around_cache)
+          stream_bits(row, block[i]);
+        else
+          store_i(row, block[i]);
       }
     }
   }
@@ -207,10 +243,9 @@ FASTATTN_INLINE vi group_rows(const T* a, const T* b, int64_t cols, int64_t k, i
 struct Ahead {
   const char* base = nullptr;
   int64_t stride = 0, bytes = 0, rows = 0, done = 0;
-  template <bool kWrite = false>
   inline void fetch(int64_t count) {
     for (int64_t end = min64(rows, done + count); done < end; ++done)
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + done * stride + i, kWrite, 2);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(base + done * stride + i, 0, 2);
   }
 };
 
