@@ -101,6 +101,10 @@ WRONG = {
         call(alibi_slopes=torch.zeros(2)),
         "alibi_slopes must be of shape [nheads] (4,) or [batch, nheads] (2, 4)",
     ),
+    "bias negative bit": (
+        call(bias=torch.randn(5, 7, dtype=torch.complex64).conj().imag),
+        "bias must be a tensor without the negative bit (call .resolve_neg()), got a view with it",
+    ),
     "sinks shape": (call(sinks=torch.zeros(2)), "sinks must be of shape [nheads] (4,), got (2,)"),
     "sinks dtype": (call(sinks=torch.zeros(4).double()), "sinks must be float32 or of the dtype of q"),
     "max_seqlen alone": (
@@ -214,6 +218,18 @@ WRONG_CACHE = {
         cached(block_table=cu(0, -1)[:, None]),
         "block_table must be between 0 and 1 (k_cache has 2 blocks), got -1",
     ),
+    "block_table shared": (
+        cached(**NEW, block_table=cu(1, 1)[:, None], cache_seqlens=cu(3, 3)),
+        "block_table must be such that every appended key has a slot of its own, got slot 3 of block 1 for sequences 0 and 1",
+    ),
+    "block_table repeats": (
+        cached(
+            **{name: torch.cat([x] * 17, 1) for name, x in NEW.items()},
+            block_table=cu(0, 0, 1, 1).view(2, 2),
+            cache_seqlens=cu(3, 3),
+        ),
+        "block_table must be such that every appended key has a slot of its own, got slot 3 of block 0 for sequences 0 and 0",
+    ),
     "block_table batch": (cached(block_table=cu(0)[:, None]), "block_table must be of the batch size of q (2), got 1"),
     "num_splits kind": (cached(num_splits=2.5), "num_splits must be None (chosen by length) or an integer, got 2.5"),
     "lengths list": (cached(cache_seqlens=[3, 15]), "cache_seqlens must be a torch.Tensor, got list"),
@@ -234,6 +250,12 @@ WRONG_CACHE = {
         "q must be without gradient (a cache is for inference",
     ),
 }
+
+
+def test_sequences_may_share_a_block_whose_slots_they_do_not_share() -> None:
+    """A prefix that both read, and one block of which each has a half."""
+    new = {"k": torch.randn(2, 2, 2, 8), "v": torch.randn(2, 2, 2, 6), "block_table": cu(0, 1, 0, 1).view(2, 2)}
+    attention_kvcache(**cached(**new, cache_seqlens=cu(18, 24)))
 
 
 @pytest.mark.parametrize("case", WRONG_CACHE)

@@ -124,6 +124,27 @@ def test_compile_says_the_same_sentence() -> None:
         compiled(q, k[..., :15], v)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and traces sizes as constants where it can
+def test_jit_trace_records_the_operations() -> None:
+    """And takes no result for a constant."""
+
+    def block(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        h = fastattn.rms_norm(fastattn.layer_norm(x), weight)
+        q, k = fastattn.rope_qk(h, fastattn.rope(x, cos, sin), cos, sin)
+        return x + attention(q, k, h, causal=True)
+
+    tables = fastattn.ops.rope.tables.plain(9, 16)
+    for grad in (False, True):
+        weight = torch.rand(16, requires_grad=grad)
+        traced = torch.jit.trace(block, (torch.randn(2, 5, 4, 16), weight.detach(), *tables))
+        assert sum(node.kind().startswith("fastattn::") for node in traced.graph.nodes()) == 5
+        x = torch.randn(3, 9, 4, 16)
+        found, expected = traced(x, weight, *tables), block(x, weight, *tables)
+        torch.testing.assert_close(found, expected)
+        if grad:
+            torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), weight) for y in (found, expected)))
+
+
 def test_export() -> None:
     class Block(torch.nn.Module):
         def forward(self, q, k, v):

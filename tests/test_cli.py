@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,28 @@ def test_module_entry_point_prints_help():
 @pytest.mark.parametrize("argv", [(), ("nonsense",), ("bench", "--op", "nonsense"), ("verify", "--dtype", "int8")])
 def test_bad_arguments_exit_with_2(argv: tuple[str, ...]):
     assert exit_code(*argv) == 2
+
+
+@pytest.mark.parametrize("argv", [["doctor"], ["verify", "--op", "rope", "--dtype", "fp32"], ["doctor", "--help"]])
+def test_a_reader_that_leaves_ends_it_quietly(argv: list[str], monkeypatch, capsys: pytest.CaptureFixture[str]):
+    """As `fastattn doctor | head -1` does; nothing else that breaks is hidden."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(argv) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_pipe_of_something_else_is_no_quiet_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def broken(arguments) -> int:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(doctor, "run", broken)
+    with (tmp_path / "out").open("w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(BrokenPipeError, match="of a worker"):
+            main(["doctor"])
 
 
 # doctor
@@ -152,6 +175,22 @@ def test_verify_refuses_a_device_that_is_not_there(capsys: pytest.CaptureFixture
 def test_verify_with_a_backend_that_refuses_exits_with_1(capsys: pytest.CaptureFixture[str]):
     assert main(["verify", "--op", "attention", "--dtype", "fp32", "--backend", "cuda"]) == 1
     assert "unsupported" in capsys.readouterr().out
+
+
+def test_verify_reports_a_call_that_fails_and_goes_on(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    honest = fastattn.rms_norm
+
+    def failing(*args, **options):
+        if "residual" in options:
+            raise RuntimeError("CUDA error: an illegal\ninstruction was encountered")
+        return honest(*args, **options)
+
+    monkeypatch.setattr(fastattn, "rms_norm", failing)
+    assert main(["verify", "--op", "rms_norm", "--dtype", "fp32"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if "FAILED: RuntimeError: CUDA error: an illegal instruction" in line]
+    assert 0 < len(failed) < len(scenarios.rms_norm()) == sum(line.startswith("rms_norm") for line in lines)
+    assert lines[-1].endswith(f"0 broken, {len(failed)} failed")
 
 
 @pytest.mark.parametrize("op", list(scenarios.OPS))

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
+import transformers
 from transformers import masking_utils as hf
 
 import fastattn
+from fastattn.hf import masks
 from fastattn.hf.attention import fastattn_attention
 from fastattn.hf.compact import CompactMask, Pattern, pack, segments_of
 from fastattn.hf.masks import describe, fastattn_mask
@@ -126,6 +128,17 @@ def test_nothing_is_stored_for_plain_causality():
         mask = _call(fastattn_mask, sizes, mask_function=hf.causal_mask_function, attention_mask=ones)
         assert mask is None if q == 1 else isinstance(mask, CompactMask)
         assert mask is None or (mask.padding is None and mask.pattern == Pattern(right=0))
+
+
+@pytest.mark.parametrize(("model", "trusted"), [("Llama", True), ("Gemma2", True), ("NllbMoe", False)])
+def test_a_traced_mask_is_left_out_only_where_the_modules_word_is_known(monkeypatch, model: str, trusted: bool):
+    """None means what the attention module says of itself; models for eager attention alone are never asked for it."""
+    getattr(transformers, f"{model}PreTrainedModel")
+    config = getattr(transformers, f"{model}Config")()
+    monkeypatch.setattr(masks, "_tracing", lambda *_: True)
+    sizes = {"q_length": 9, "q_offset": 0, "kv_offset": 0, "kv_length": 9}
+    mask = _call(fastattn_mask, sizes, mask_function=hf.causal_mask_function, config=config, allow_is_causal_skip=True)
+    assert mask is None if trusted else torch.equal(mask[0, 0], torch.ones(9, 9, dtype=torch.bool).tril())
 
 
 def test_positions_that_do_not_count_up_are_no_band():

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from fastattn.cli import main
 from fastattn.hf import layerwise, models, norms
+from fastattn.hf.law import law
 
 logging.set_verbosity_error()
 BY_NAME = {family.name: family for family in models.FAMILIES}
@@ -121,3 +122,18 @@ def test_bad_arguments_exit_with_2(
     torch.save([1], "list.pt")
     assert main(["verify", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_zero_is_judged_beside_the_largest_and_covers_no_other():
+    def noisy(size: float, zero: float) -> dict[str, torch.Tensor]:
+        noise = torch.Generator().manual_seed(7)
+        sizes = {"logits": 1e-7, "d steep": size, "d zero": zero}
+        return {k: (x + sizes[k] * torch.randn(x.shape, generator=noise)).float() for k, x in truth.items()}
+
+    draw = torch.Generator().manual_seed(6)
+    truth = {k: torch.randn(128, generator=draw, dtype=torch.float64) for k in ("logits", "d steep", "d zero")}
+    truth["d zero"] *= 1e-20
+    plain = noisy(1e-7, 1e-12)
+    assert law(noisy(1e-7, 4e-12), plain, truth)[1] == ""
+    assert "the gradients' RMS" in law(noisy(1e-3, 1e-12), plain, truth)[1]
+    assert "d zero" in law(noisy(1e-7, 1e-3), plain, truth)[1]

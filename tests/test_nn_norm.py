@@ -60,6 +60,50 @@ def test_residual(ours: Any, torchs: Any, shape: tuple[int, ...]) -> None:
     assert torch.equal(dx, dresidual)
 
 
+def nested(layout: torch.layout, seed: int = 0, lengths: tuple[int, ...] = (5, 3)) -> Any:
+    parts = [law.randn(n, 3, 8, seed=seed + n) for n in lengths]
+    return torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("ours", [LayerNorm, RMSNorm])
+def test_nested_tensors_are_normalised_row_by_row(ours: Any, layout: torch.layout) -> None:
+    norm = randomised(ours((3, 8)))
+    x, residual = nested(layout), nested(layout, seed=9)
+    if layout == torch.jagged:  # torch adds jagged tensors of the same offsets alone
+        residual = torch.nested.nested_tensor_from_jagged(residual.values().detach().requires_grad_(), x.offsets())
+    y, total = norm(x, residual=residual)
+    assert y.is_nested and y.layout == total.layout == layout
+    for found, alone in ((norm(x), (norm(part) for part in x.unbind())), (total, (x + residual).unbind())):
+        for a, b in zip(found.unbind(), alone, strict=True):
+            assert torch.equal(a, b)
+    pairs = zip(x.unbind(), residual.unbind(), strict=True)
+    for a, (part, other) in zip(y.unbind(), pairs, strict=True):
+        assert torch.equal(a, norm(part, residual=other)[0])
+    leaves = (residual, *norm.parameters())
+    whole = torch.autograd.grad(sum(a.sin().sum() for a in y.unbind()), leaves)
+    plain = sum(norm(a, residual=b)[0].sin().sum() for a, b in zip(x.unbind(), residual.unbind(), strict=True))
+    for a, b in zip(whole, torch.autograd.grad(plain, leaves), strict=True):
+        pairs = zip(a.unbind(), b.unbind(), strict=True) if a.is_nested else [(a, b)]
+        for one, other in pairs:
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_that_do_not_fit_are_refused_in_words(layout: torch.layout) -> None:
+    x = nested(layout)
+    with pytest.raises(ValueError, match="rms_norm: residual must be"):
+        RMSNorm((3, 8))(x, residual=torch.randn(8, 3, 8))
+    with pytest.raises(ValueError, match="layer_norm: residual must be"):
+        LayerNorm((3, 8))(x, residual=nested(layout, lengths=(3, 5)))
+    with pytest.raises(ValueError, match="residual must be a plain tensor, as x is"):
+        LayerNorm((3, 8))(torch.randn(8, 3, 8), residual=x)
+    with pytest.raises(ValueError, match="ragged before its last 3 dimensions, got 4 dimensions, ragged in number 1"):
+        RMSNorm((8, 3, 8))(x)
+
+
 def test_rounding_of_llama() -> None:
     theirs_of = pytest.importorskip("transformers.models.llama.modeling_llama")
     x = law.randn(3, 7, 64, dtype=torch.bfloat16)

@@ -141,6 +141,14 @@ def test_refusals() -> None:
         RotaryEmbedding(8, scaling={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_in_words(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.randn(n, 2, 8) for n in (3, 5)], layout=layout)
+    with pytest.raises(ValueError, match="q must be a plain tensor"):
+        RotaryEmbedding(8)(nested, nested)
+
+
 # ---- sinusoids
 
 

@@ -65,13 +65,13 @@ def _finish(out: Path, machine, rows, report) -> int:
     from fastattn.benchmarks import plots
     from fastattn.benchmarks.case import OURS
 
-    print(report.table(rows))
-    for note in [*report.notes(rows), *report.warnings(rows)]:
-        print(f"  {note}")
-    report.write_jsonl(out / "results.jsonl", machine, rows)
+    report.write_jsonl(out / "results.jsonl", machine, rows)  # before the table, whose reader may leave
     why = plots.available()
     drawn = [] if why else plots.draw(rows, out)
     (out / "report.md").write_text(report.markdown(machine, rows, [path.name for path in drawn]))
+    print(report.table(rows))
+    for note in [*report.notes(rows), *report.warnings(rows)]:
+        print(f"  {note}")
     print(f"\nwritten: {out / 'results.jsonl'}, {out / 'report.md'}", *(f", {path}" for path in drawn), sep="")
     if why:
         print(f"no plots: {why}")

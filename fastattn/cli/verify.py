@@ -1,7 +1,7 @@
 """Hold every operation, or a model, to float64 on this machine: its error as a ratio to plain PyTorch's and to SDPA's.
 
 A ratio below 1 is more accurate than plain PyTorch in the same dtype; the law allows 2. Outputs and gradients count.
-Exit code 0: the law holds, 1: it is broken somewhere, 2: bad arguments.
+Exit code 0: the law holds, 1: it is broken or a call fails somewhere, 2: bad arguments.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Finding:
     op: str
     option: str
     dtype: str
-    status: str  # "ok" · "BROKEN" · "unsupported"
+    status: str  # "ok" · "BROKEN" · "FAILED" · "unsupported"
     tensor: str = ""
     error: float | None = None
     to_plain: float | None = None
@@ -80,12 +80,13 @@ def run(arguments: argparse.Namespace) -> int:
                 finding = examine(scenario, dtype, arguments.backend, arguments.device)
                 print(json.dumps(asdict(finding)) if arguments.json else _line(finding), flush=True)
                 found.append(finding)
-    broken = [f for f in found if f.status == "BROKEN"]
+    broken, failed = ([f for f in found if f.status == status] for status in ("BROKEN", "FAILED"))
     measured = [f for f in found if f.status == "ok" and f.to_plain is not None]
     if not arguments.json:
         worst = max((f.to_plain or 0.0 for f in measured), default=0.0)
-        print(f"\n{len(measured)} lawful, worst ratio to plain PyTorch {worst:.2f}; {len(broken)} broken")
-    return 1 if broken or not measured else 0
+        counts = f"{len(broken)} broken" + (f", {len(failed)} failed" if failed else "")
+        print(f"\n{len(measured)} lawful, worst ratio to plain PyTorch {worst:.2f}; {counts}")
+    return 1 if broken or failed or not measured else 0
 
 
 def _misplaced(arguments: argparse.Namespace) -> str:
@@ -99,17 +100,26 @@ def _misplaced(arguments: argparse.Namespace) -> str:
 
 
 def examine(scenario: Scenario, dtype_name: str, backend: str | None = None, device: str = "cpu") -> Finding:
-    """Outputs and gradients of fastattn, of plain PyTorch in the dtype, and of float64, compared."""
+    """Outputs and gradients of fastattn, of plain PyTorch in the dtype, and of float64, compared.
+
+    A refusal is "unsupported"; what else stops a computation (a kernel's launch, no memory left) is "FAILED".
+    """
+    try:
+        return _compared(scenario, dtype_name, backend, device)
+    except fastattn.UnsupportedError as refusal:
+        status, reason = "unsupported", str(refusal)
+    except (RuntimeError, MemoryError) as failure:
+        status, reason = "FAILED", f"{type(failure).__name__}: {failure}"
+    return Finding(scenario.op, scenario.option, dtype_name, status, reason=" ".join(reason.split()))
+
+
+def _compared(scenario: Scenario, dtype_name: str, backend: str | None, device: str) -> Finding:
     dtype = DTYPES[dtype_name]
-    name = (scenario.op, scenario.option, dtype_name)
     ops, reference = (m if device == "cpu" else Placed(m, device) for m in (fastattn, fastattn.reference))
     plain = results(scenario, dtype, partial(scenario.call, reference))
     truth = results(scenario, dtype, partial(scenario.call, reference), wide=True)
-    try:
-        with fastattn.use_backend(backend):
-            ours = results(scenario, dtype, partial(scenario.call, ops))
-    except fastattn.UnsupportedError as refusal:
-        return Finding(*name, "unsupported", reason=" ".join(str(refusal).split()))
+    with fastattn.use_backend(backend):
+        ours = results(scenario, dtype, partial(scenario.call, ops))
     verdict = judge(ours, plain, truth)
     to_sdpa = None
     if scenario.sdpa is not None and device == "cpu":
@@ -118,7 +128,9 @@ def examine(scenario: Scenario, dtype_name: str, backend: str | None = None, dev
         rival_error = float((rival - truth["o"]).abs().max())
         to_sdpa = float((ours["o"].double() - truth["o"]).abs().max()) / rival_error if rival_error else None
     return Finding(
-        *name,
+        scenario.op,
+        scenario.option,
+        dtype_name,
         "ok" if verdict.lawful else "BROKEN",
         verdict.tensor,
         verdict.error,

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from fastattn.benchmarks.law import FACTOR, FEW
 
 Tensor = torch.Tensor
+ZERO = 1e-13  # of the largest gradient: what float64 leaves of a sum that cancels
 Results = dict[str, Tensor]  # logits, loss, and "d <parameter>"
 
 
@@ -22,7 +23,9 @@ def law(ours: Results, plain: Results, truth: Results) -> tuple[float, str]:
     gradient's RMS error is judged relative to its size, by plain's error of that gradient or of all of them together,
     whichever is larger: a few numbers are lucky in one program or the other. Last bits are always allowed. A bias whose
     gradient is a sum that cancels to zero (of the keys' projection), or that has few numbers (a router's, which a softmax
-    makes cancel), is as large as its weight's gradient there: both are sums of the same terms.
+    makes cancel), is as large as its weight's gradient there: both are sums of the same terms. A gradient that is zero
+    altogether (of a router whose one choice is normalised, of queries whose values are all alike) is what rounding leaves
+    of it in every program: it is judged beside the largest gradient, and no other by it.
     """
     if ours.keys() != truth.keys():
         return float("inf"), f"gradients of {sorted(ours.keys() ^ truth.keys())[:3]} on one side only"
@@ -32,7 +35,9 @@ def law(ours: Results, plain: Results, truth: Results) -> tuple[float, str]:
     eps = torch.finfo(ours["logits"].dtype).eps
     few = 32 * eps if eps < 1e-5 else 4 * eps  # of a handful of numbers, each a long sum
     errors = {k: (_rms(ours[k] - truth[k]), _rms(plain[k] - truth[k]), _size(k, truth)) for k in truth}
-    relative = [(a / size, b / size) for k, (a, b, size) in errors.items() if k[0] == "d" and size > 0]
+    steepest = max((_rms(x) for k, x in truth.items() if k[0] == "d"), default=0.0)
+    zero = {k for k, (_, _, size) in errors.items() if k[0] == "d" and size <= ZERO * steepest}
+    relative = [(a / size, b / size) for k, (a, b, size) in errors.items() if k[0] == "d" and k not in zero]
     pooled = [sum(x[i] ** 2 for x in relative) ** 0.5 / max(len(relative), 1) ** 0.5 for i in (0, 1)]
     largest = [float((x["logits"].double() - truth["logits"]).abs().max()) for x in (ours, plain)]
     judged = {
@@ -45,7 +50,9 @@ def law(ours: Results, plain: Results, truth: Results) -> tuple[float, str]:
         a, b, size = errors["loss"]
         judged["the loss"] = (a, max(b, errors["logits"][1]), eps * size)
     for name, (a, b, size) in errors.items():
-        if name[0] == "d":
+        if name in zero:
+            judged[name] = (a, b, eps * steepest)
+        elif name[0] == "d":
             judged[name] = (a, max(b, pooled[1] * size), (few if truth[name].numel() < FEW else eps) * size)
     for name, (a, b, last) in judged.items():
         if not a <= FACTOR * b + last:

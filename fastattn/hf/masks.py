@@ -40,7 +40,8 @@ def fastattn_mask(
     """The mask of one forward pass: a CompactMask, None (one query that sees every key) or a dense tensor.
 
     None would stand for a causal or a full mask too, but then the attention module must say which, and not every module
-    tells the truth (BigBird-Pegasus' decoder says that it is not causal). While a graph is traced it has to.
+    tells the truth (BigBird-Pegasus' decoder says that it is not causal). While a graph is traced, it has to where the model
+    runs on transformers' "sdpa" or flash attention, which trust it too; any other model gets the full matrix.
 
     batch_size, kv_length      sizes of the mask, as transformers passes them, by name
     q_length, q_offset         queries and the position of the first; before transformers 5.4 `cache_position` says both
@@ -64,7 +65,10 @@ def fastattn_mask(
     config = kwargs.get("config")
     if config is not None and _wants_additive_masks(config.__class__):
         return masking_utils.eager_mask(**given)
-    pattern = None if _tracing(attention_mask, q_offset) else describe(mask_function)
+    tracing = _tracing(attention_mask, q_offset)
+    if tracing and config is not None and not _runs_on(config.__class__, ("_supports_sdpa", "_supports_flash_attn")):
+        given |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    pattern = None if tracing else describe(mask_function)
     if pattern is None:
         return masking_utils.sdpa_mask(**given)
     assert q_length is not None
@@ -87,12 +91,25 @@ def _wants_additive_masks(config: type) -> bool:
     """This config's models were never made to run on SDPA, so know no boolean masks, and do more than to hand them on:
     an attention module appends columns of 0 and -inf (DeepSeek-V4) or adds the mask itself (BigBird-Pegasus' encoder).
     """
-    here = sys.modules.get(config.__module__.replace("configuration_", "modeling_"))
-    classes = [c for c in vars(here).values() if isinstance(c, type) and c.__module__ == here.__name__] if here else []
-    if any(issubclass(c, PreTrainedModel) and c._supports_sdpa for c in classes):
+    if _runs_on(config, ("_supports_sdpa",)):
         return False
-    forwards = [getattr(getattr(c, "forward", None), "__code__", None) for c in classes if "Attention" in c.__name__]
+    attentions = [c for c in _classes_beside(config) if "Attention" in c.__name__]
+    forwards = [getattr(getattr(c, "forward", None), "__code__", None) for c in attentions]
     return any(_uses_its_mask(forward) for forward in forwards if forward is not None)
+
+
+@functools.cache
+@torch.compiler.assume_constant_result
+def _runs_on(config: type, marks: tuple[str, ...]) -> bool:
+    """One of this config's models carries one of these marks of transformers."""
+    models = [c for c in _classes_beside(config) if issubclass(c, PreTrainedModel)]
+    return any(getattr(c, mark, False) for c in models for mark in marks)
+
+
+def _classes_beside(config: type) -> list[type]:
+    """What the modeling file of a config defines."""
+    here = sys.modules.get(config.__module__.replace("configuration_", "modeling_"))
+    return [c for c in vars(here).values() if isinstance(c, type) and c.__module__ == here.__name__] if here else []
 
 
 def _uses_its_mask(forward: CodeType) -> bool:

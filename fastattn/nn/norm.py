@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from fastattn.nn._nested import over_rows
 from fastattn.nn._twin import twin_of
+from fastattn.ops._check import fail
 from fastattn.ops.layer_norm import layer_norm
 from fastattn.ops.rms_norm import rms_norm
 
@@ -27,12 +29,14 @@ class LayerNorm(torch.nn.LayerNorm):
         return twin_of(cls, module)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:  # type: ignore[override]
-        """Normalise x [..., *normalized_shape], or x + residual.
+        """Normalise x [..., *normalized_shape], or x + residual; both may be nested tensors.
 
         Returns y; with residual the pair (y, x + residual). Raises what torch raises for shapes that do not fit.
         """
+        if x.is_nested:
+            return over_rows(self.forward, "layer_norm", self.normalized_shape, x, residual)
         if not _fits(x, self.normalized_shape):
-            return super().forward(x)  # torch serves nested tensors, and refuses the rest in its own words
+            return super().forward(x)  # torch refuses it in its own words
         rows, residual_rows, weight, bias = _rows(self.normalized_shape, x, residual, self.weight, self.bias)
         return _shaped(layer_norm(rows, weight, bias, eps=self.eps, residual=residual_rows), x.shape)
 
@@ -60,6 +64,8 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:  # type: ignore[override]
         """As `LayerNorm.forward`."""
+        if x.is_nested:
+            return over_rows(self.forward, "rms_norm", self.normalized_shape, x, residual)
         if not _fits(x, self.normalized_shape):
             return super().forward(x)
         eps = self.eps
@@ -71,13 +77,15 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def _fits(x: Tensor, normalized_shape: Sequence[int]) -> bool:
-    return not x.is_nested and tuple(x.shape[-len(normalized_shape) :]) == tuple(normalized_shape)
+    return tuple(x.shape[-len(normalized_shape) :]) == tuple(normalized_shape)
 
 
 def _rows(
     normalized_shape: Sequence[int], x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The normalised dimensions as one. Under CUDA's autocast norms are float32, as torch's are."""
+    if residual is not None and residual.is_nested:
+        fail("fastattn.nn", "residual", "a plain tensor, as x is", "a nested tensor")
     if x.is_cuda and torch.is_autocast_enabled("cuda"):
         x, residual, weight, bias = (t if t is None else t.float() for t in (x, residual, weight, bias))  # type: ignore[assignment]
     if len(normalized_shape) > 1:

@@ -78,6 +78,11 @@ class RotaryEmbedding(torch.nn.Module):
         position_ids  [batch, seqlen] or [seqlen]; None counts from 0
         seqlen        largest position + 1; None reads it off position_ids, which waits for a GPU
         """
+        for name, x in (("q", q), ("k", k)):
+            if x.is_nested:
+                fail(
+                    _OP, name, "a plain tensor (MultiheadAttention rotates the rows of nested ones)", "a nested tensor"
+                )
         if seqlen is None:
             seqlen = q.shape[-3] if position_ids is None else int(position_ids.max()) + 1
         cos, sin = self.tables(seqlen, q.device)

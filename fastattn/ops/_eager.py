@@ -18,7 +18,8 @@ from torch.autograd import forward_ad
 from fastattn.ops import _dispatch
 from fastattn.runtime import env, native
 
-_compiling = torch.compiler.is_compiling
+_compiling = torch.compiler.is_dynamo_compiling  # what else compiles shows as a mode; is_compiling costs 40 ns more
+_jit_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _grad_enabled = torch.is_grad_enabled
@@ -39,7 +40,7 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     """True when the tensors' data alone decide the result: no tracing, mode, subclass, gradient or forced backend."""
     if _compiling() or door is None or _dispatch_modes() or _functorch_active() or _explaining() or _scoped_backend():
         return False
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or _jit_tracing():
         return False
     grad = _grad_enabled()
     for tensor in tensors:

@@ -1,9 +1,9 @@
 """Op: one schema, one forward, one fake and one backward that serve eager, autograd, torch.compile and export.
 
 Plain eager tensors take a direct road (an `autograd.Function` when gradients are wanted): the dispatcher costs more than
-our checks. Everything else (torch.compile, export, fake tensors, functorch, dispatch modes such as FlopCounterMode,
-tensor subclasses) takes the registered overload `torch.ops.fastattn.<name>`, an opaque node. Both roads run the same
-functions, so they cannot disagree.
+our checks. Everything else (torch.compile, export, torch.jit.trace, fake tensors, functorch, dispatch modes such as
+FlopCounterMode, tensor subclasses) takes the registered overload `torch.ops.fastattn.<name>`, an opaque node. Both roads
+run the same functions, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 # The hooks on saved tensors that are in place, or None; before torch 2.7 nobody can tell.
 _saved_tensor_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: "unknown")
+_jit_tracing = torch._C._is_tracing
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _grad_enabled = torch.is_grad_enabled
 _plain_types = (torch.Tensor, torch.nn.Parameter)
@@ -80,7 +81,7 @@ class Op:
             register_flop_formula(self.overload.overloadpacket)(flops)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _dispatch_modes():
+        if torch.compiler.is_compiling() or _dispatch_modes() or _jit_tracing():
             return self.overload(*args)
         if _functorch_active() or forward_ad._current_level >= 0:  # where torch says what has no derivative
             return self.overload(*args) if self._functorch is None else self._functorch.apply(*args)

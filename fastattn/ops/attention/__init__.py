@@ -113,7 +113,8 @@ def attention_kvcache(
     v_cache        likewise with headdim_v; the caches are read where they lie, never copied
     cache_seqlens  [batch] int32: the keys present before the call. Slots beyond may hold anything, NaN included
     k, v           [batch, seqlen_new, nheads_k, headdim(_v)]: written to the slots from cache_seqlens on
-    block_table    [batch, max_blocks] int32: slot n of sequence b lies in block block_table[b, n // block_size]
+    block_table    [batch, max_blocks] int32: slot n of sequence b lies in block block_table[b, n // block_size]; sequences
+                   may read the same blocks, but no slot may be appended to twice (checked on CPUs)
     cos, sin       [seqlen, rotary_dim / 2] float32 or q's dtype: q and the new k are rotated at positions
                    cache_seqlens + i (they need k); interleaved pairs (2i, 2i + 1) instead of halves
     causal         True: query m sees key n when n <= m + total - seqlen_q, total = cache_seqlens + seqlen_new

@@ -87,6 +87,8 @@ def check_kvcache(
     if seqlen_new:
         _check_writable(k_cache, v_cache)
     _check_seqlens(cache_seqlens, batch, seqlen_new, capacity, q.device)
+    if block_table is not None and batch * seqlen_new > 1 and has_data(block_table) and has_data(cache_seqlens):
+        _check_slots(block_table, cache_seqlens.tolist(), seqlen_new, slots)
     rotary_dim = _check_rope(cos, sin, k, cache_seqlens, q)
     if scale is None:
         scale = headdim**-0.5
@@ -176,6 +178,23 @@ def _check_seqlens(cache_seqlens: Tensor, batch: int, seqlen_new: int, capacity:
         if max(values, default=0) + seqlen_new > capacity:
             room = f"at most {capacity - seqlen_new}: the cache holds {capacity} keys and {seqlen_new} are appended"
             fail(OP, "cache_seqlens", room, max(values))
+
+
+def _check_slots(block_table: Tensor, lengths: list[int], seqlen_new: int, slots: int) -> None:
+    """No slot of a paged cache is appended to twice."""
+    first = min(lengths) // slots
+    table = block_table[:, first : (max(lengths) + seqlen_new - 1) // slots + 1].tolist()
+    taken: dict[int, list[tuple[int, int, int]]] = {}  # of each block: a sequence, and the slots that it writes
+    for sequence, start in enumerate(lengths):
+        end = start + seqlen_new
+        for page in range(start // slots, (end - 1) // slots + 1):
+            low, high = max(start - page * slots, 0), min(end - page * slots, slots)
+            block = table[sequence][page - first]
+            for other, begin, stop in taken.setdefault(block, []):
+                if low < stop and begin < high:
+                    fact = f"slot {max(low, begin)} of block {block} for sequences {other} and {sequence}"
+                    fail(OP, "block_table", "such that every appended key has a slot of its own", fact)
+            taken[block].append((sequence, low, high))
 
 
 def _check_rope(

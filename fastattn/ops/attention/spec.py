@@ -197,6 +197,8 @@ def check_pairs(
             fail(op, name, "boolean, True where a query may attend (use bias for additive masks)", t.dtype)
     elif t.dtype not in (dtype, torch.float32):
         fail(op, name, f"float32 or of the dtype of q ({dtype})", t.dtype)
+    elif t.is_neg():
+        fail(op, name, "a tensor without the negative bit (call .resolve_neg())", "a view with it")
     fits = t.dim() <= 4
     for size, full in zip(reversed(t.shape), reversed(pairs), strict=False):
         fits = fits and (full is None or size == 1 or size == full)
