@@ -46,11 +46,12 @@ def qkv(
     nheads_k: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     layout: str = "contiguous",
+    seed: int = 0,
 ) -> Tensors:
     kind: dict[str, Any] = {"dtype": dtype, "layout": layout}
     sizes = (("q", seqlen_q, nheads, headdim), ("k", seqlen_k, nheads_k, headdim), ("v", seqlen_k, nheads_k, headdim_v))
     return {
-        name: law.randn(batch, seqlen, heads, width or headdim, **kind, seed=i).to(DEVICE)
+        name: law.randn(batch, seqlen, heads, width or headdim, **kind, seed=seed + i).to(DEVICE)
         for i, (name, seqlen, heads, width) in enumerate(sizes)
     }
 

@@ -119,6 +119,11 @@ MISTAKES = {
         1,
         "a full turn to phase|deadlock.*mbarrier_wait for",
     ),
+    "a store to a block that may not have started": (
+        neighbours,
+        9,
+        "store_cluster to block [01] of the cluster, which may not have started yet",
+    ),
     "no such block in the cluster": (neighbours, 2, "load_cluster from block 2 of a cluster of 2"),
 }
 

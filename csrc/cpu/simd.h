@@ -98,11 +98,6 @@ FASTATTN_INLINE float reduce_add(vf x) {
   return s;
 #endif
 }
-FASTATTN_INLINE float reduce_max(vf x) {
-  float s = x[0];
-  for (int i = 1; i < VL; ++i) s = s > x[i] ? s : x[i];
-  return s;
-}
 
 // Loads and stores of n <= VL elements; lanes past n read as 0 and are not written.
 FASTATTN_INLINE vf load_n(const float* p, int64_t n) {

@@ -303,13 +303,13 @@ __global__ void __launch_bounds__(BwdPlan<HEADDIM, HEADDIM_V, BLOCK_M, BLOCK_N, 
 #pragma unroll 1
       while (true) {
         mbarrier_wait(barriers + P::kWorkFull + number % 2, number / 2 & 1);
+        if (works[number % 2].n0 < 0) break;         // nothing else was written there
         named_barrier_sync(kConsumerBarrier, kAll);  // nobody reads the last one any more
         if (warp == 4 && lane < static_cast<int>(sizeof(BwdWork)) / 4) {
           reinterpret_cast<u32*>(&work)[lane] = reinterpret_cast<const u32*>(&works[number % 2])[lane];
         }
         named_barrier_sync(kConsumerBarrier, kAll);
         if (lane == 0) mbarrier_arrive(barriers + P::kWorkEmpty + number % 2);
-        if (work.n0 < 0) break;
         multiply(work, ring);
         number = work.number + 1;
       }

@@ -16,7 +16,11 @@ from fastattn.runtime import cuda
 
 from . import build
 
+# Who runs only when nobody else can: of the lot that the seed draws a lane, the lane of that number in every warp, a warp, …;
+# or all but these.
+LAGS = ("nobody", "lane", "lanes", "warp", "warpgroup", "block")
 ENGINES = 128  # mbarriers, multiplying warps and bulk-storing threads that a block may have
+_ALL_BUT = 16  # added to the number of who does not lag
 _MAGIC = 0x70616D726F736E74
 _lock = threading.Lock()
 _Ask = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint, ctypes.c_uint)
@@ -40,10 +44,12 @@ class _Storage(ctypes.Structure):
     )
 
 
-def run(launch: cuda.Launch, seed: int = 0, folder: Path | None = None) -> None:
+def run(launch: cuda.Launch, seed: int = 0, folder: Path | None = None, together: int = 1, lag: str = "nobody") -> None:
     """Execute every block of the grid. Raises EmulatorError where the kernel is at fault.
 
-    seed: of the order in which threads run; folder: where the kernel's file lies, if not in csrc/cuda
+    seed: of the order in which threads run; folder: where the kernel's file lies, if not in csrc/cuda; together: so many
+    blocks (up to 16) of a kernel without clusters run at the same time, or as many fewer as divide the grid;
+    lag: who lags, one of LAGS or "all but " and one of them
     """
     kernel = launch.kernel
     path = build.library(kernel, folder)
@@ -55,6 +61,9 @@ def run(launch: cuda.Launch, seed: int = 0, folder: Path | None = None) -> None:
         )
     bounds = _Bounds.in_dll(library, "emulator_bounds")
     _check_limits(launch, bounds)
+    cluster = kernel.cluster
+    if cluster == 1:
+        cluster = next(n for n in range(min(together, 16), 0, -1) if launch.grid[0] % n == 0)
     storages, kept = _storages(launch)
     values = [_encoded(v) if isinstance(v, cuda.TensorMap) else v for v in launch.values]
     packed = ctypes.create_string_buffer(kernel.layout.pack(values), size + 64)
@@ -67,11 +76,12 @@ def run(launch: cuda.Launch, seed: int = 0, folder: Path | None = None) -> None:
         fault = library.emulator_run(
             ctypes.c_void_p(params),
             sizes,
-            kernel.cluster,
+            cluster,
             kernel.shared,
             _registers(bounds),
             seed,
-            ENGINES * kernel.cluster if kernel.hopper or kernel.cluster > 1 else 0,
+            ENGINES * cluster if kernel.hopper or kernel.cluster > 1 else 0,
+            LAGS.index(lag.removeprefix("all but ")) + (_ALL_BUT if lag.startswith("all but ") else 0),
             storages,
             len(storages),
             ask,

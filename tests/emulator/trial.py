@@ -30,8 +30,9 @@ def trial(
     fault: int = 0,
     maps: tuple[cuda.TensorMap | None, ...] = (),
     seed: int = 0,
+    together: int = 1,
 ) -> None:
     """Run a kernel of kernels/`file` once; raises EmulatorError where it is at fault."""
     kernel = cuda.Kernel(file, name, constants, LAYOUT, threads, shared, cluster, hopper=True)
     padded = [m if m is not None else bytes(128) for m in (*maps, None, None, None)[:3]]
-    run(cuda.Launch(kernel, (grid, 1, 1), (a, b, out, n, fault, *padded)), seed=seed, folder=KERNELS)
+    run(cuda.Launch(kernel, (grid, 1, 1), (a, b, out, n, fault, *padded)), seed=seed, folder=KERNELS, together=together)

@@ -2,6 +2,7 @@
 #pragma once
 #include <ptx/core.cuh>
 #include <ptx/fence.cuh>
+#include <ptx/flag.cuh>
 #include <ptx/mbarrier.cuh>
 #include <ptx/memory.cuh>
 #include <ptx/named_barrier.cuh>
@@ -76,14 +77,9 @@ __forceinline__ void load_tiles(const Params& p, u8* memory, const BwdWork& work
 // Blocks of keys add to a tile of dq's sums in ascending order: those that see fewer queries wait for those before them, which
 // started earlier. Where consumers are apart, each has a counter of its part of the tile.
 template <int BLOCK_N, class Params>
-__forceinline__ void await_turn(const Params& p, const BwdWork& work, int* turn, int m0) {
+__forceinline__ void await_turn(const Params& p, const BwdWork& work, const int* turn, int m0) {
   const int before = max(0, m0 + work.first.diagonal - p.left) / BLOCK_N;  // blocks whose keys the tile does not see
-  while (*static_cast<volatile int*>(turn) != work.n0 / BLOCK_N - before) __nanosleep(20);
-  __threadfence();
-}
-__forceinline__ void pass_turn(int* turn) {
-  __threadfence();
-  atomicAdd(turn, 1);
+  while (load_acquire(turn) != work.n0 / BLOCK_N - before) __nanosleep(20);
 }
 
 // Adds what the consumers staged to dq_sums: one warp, number `part` of as many as there are parts of dq.
@@ -102,7 +98,7 @@ __forceinline__ void add_dq(const Params& p, u8* memory, const BwdWork& work, in
     if (kSkips && memory[P::kAtFlags + walk.flag()] == 0) {  // others wait for the turn all the same
       if (leader && turn != nullptr) {
         await_turn<BLOCK_N>(p, work, turn, walk.m0);
-        pass_turn(turn);
+        add_release(turn, 1);
       }
       __syncwarp();
       continue;
@@ -127,7 +123,7 @@ __forceinline__ void add_dq(const Params& p, u8* memory, const BwdWork& work, in
       if (leader && turn != nullptr && ends) {
         bulk_wait<0>();
         fence_async();
-        pass_turn(turn);
+        add_release(turn, 1);
       }
       __syncwarp();
     }

@@ -66,5 +66,6 @@ void copies_land_at_exit(Fibre& f);
 void registers_at_exit();
 void reset_cluster();
 void cluster_exits();
+void must_have_started(u32 rank, const char* verb, Pc pc);
 
 }  // namespace emulator

@@ -55,6 +55,17 @@ void reset_cluster() {
 
 void cluster_exits() { complete_if_due(); }
 
+// Blocks of a cluster run at the same time, but nothing says when each begins: only who has heard of one of its threads, by the
+// cluster's barrier or an mbarrier, knows that it has.
+void must_have_started(u32 rank, const char* verb, Pc pc) {
+  if (rank == current->block->rank) return;
+  for (const Fibre* f : blocks[rank].fibres) {
+    if (current->clock->of[f->id] != 0) return;
+  }
+  fail_here(
+      pc, format("%s block %u of the cluster, which may not have started yet: no barrier of the cluster came before", verb, rank));
+}
+
 u32 cluster_rank() { return current->block->rank; }
 u32 cluster_size() { return launch.cluster; }
 
@@ -102,6 +113,7 @@ float load_cluster(const void* p, u32 rank) {
   const Pc pc = CALLER;
   const u8* there = in_block(p, rank, "load_cluster from", pc);
   shared_read(there - arena, 4, pc);
+  must_have_started(rank, "load_cluster from", pc);
   float x;
   std::memcpy(&x, there, 4);
   return x;
@@ -111,6 +123,7 @@ void store_cluster(void* p, u32 rank, float x) {
   const Pc pc = CALLER;
   u8* there = in_block(p, rank, "store_cluster to", pc);
   shared_write(there - arena, 4, pc);
+  must_have_started(rank, "store_cluster to", pc);
   std::memcpy(there, &x, 4);
 }
 

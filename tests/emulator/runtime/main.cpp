@@ -19,8 +19,8 @@ struct Storage {
 // Runs a grid of blocks. Null, or what is wrong; valid until the next run.
 __attribute__((visibility("default"))) const char* emulator_run(const void* params, const unsigned* sizes, unsigned cluster,
                                                                 unsigned shared_bytes, unsigned registers, unsigned seed,
-                                                                unsigned engines, const Storage* storages, unsigned count,
-                                                                int (*same_site)(unsigned, unsigned)) {
+                                                                unsigned engines, unsigned lag, const Storage* storages,
+                                                                unsigned count, int (*same_site)(unsigned, unsigned)) {
   using namespace emulator;
   library = reinterpret_cast<u64>(__ehdr_start);
   const auto cells_for = [](u64 n, u64 size) {
@@ -42,8 +42,8 @@ __attribute__((visibility("default"))) const char* emulator_run(const void* para
     ranges.push_back(r);
   }
   const Launch what{
-      emulator_call, params, {sizes[0], sizes[1], sizes[2]}, {sizes[3], sizes[4], sizes[5]}, cluster, shared_bytes, registers,
-      seed,          engines};
+      emulator_call, params, {sizes[0], sizes[1], sizes[2]}, {sizes[3], sizes[4], sizes[5]}, cluster, shared_bytes, registers, seed,
+      engines,       lag};
   const char* fault = run(what, same_site);
   for (const Range& r : ranges) munmap(r.writer, ((r.end - r.begin + (1u << r.shift) - 1) >> r.shift) * 24);
   return fault;

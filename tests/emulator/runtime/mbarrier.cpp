@@ -157,6 +157,7 @@ void mbarrier_arrive_remote(void* p, u32 rank) {
   const u32 at = offset_of(p, "mbarrier_arrive_remote", pc);
   if (rank >= launch.cluster) fail_here(pc, format("mbarrier_arrive_remote at block %u of a cluster of %u", rank, launch.cluster));
   if (blocks[rank].live == 0) fail_here(pc, format("mbarrier_arrive_remote at block %u of the cluster, which has ended", rank));
+  must_have_started(rank, "mbarrier_arrive_remote at", pc);
   arrive_at(at % kWindow + u64{rank} * kWindow, "mbarrier_arrive_remote", pc);
 }
 

@@ -33,6 +33,7 @@ namespace {
 std::vector<Fibre> fibres;
 std::vector<u32> warps_ready;  // indices into all_warps, of those with a fibre that can run
 std::vector<Warp*> all_warps;
+std::vector<Fibre*> lagging;  // who could run but lag
 u32 warp_now;
 u64 random_state;
 u32 live_threads;
@@ -97,8 +98,45 @@ void prepare(Fibre& f, u8* stack, void (*entry)()) {
 }
 #endif
 
+Fibre* next_laggard() {
+  if (lagging.empty()) return nullptr;
+  std::swap(lagging[random_number() % lagging.size()], lagging.back());
+  Fibre* f = lagging.back();
+  lagging.pop_back();
+  return f;
+}
+
+void enqueue(Fibre* f) {
+  Warp& w = f->block->warps[f->warp];
+  if (w.ready.empty()) {
+    warps_ready.push_back(f->block->rank * static_cast<u32>(f->block->warps.size()) + f->warp);
+  }
+  w.ready.push_back(f);
+}
+
+// Whom the seed draws, and how much around.
+void choose_laggards() {
+  lagging.clear();
+  const Lag lag = static_cast<Lag>(launch.lag % kAllBut);
+  if (lag == kNobody) return;
+  const Block& block = blocks[random_number() % blocks.size()];
+  u32 first = random_number() % static_cast<u32>(block.fibres.size());
+  if (random_number() % 2 == 0) first %= 128;  // warps that serve others are few, and the first ones
+  const Fibre& drawn = *block.fibres[first];
+  for (Fibre& f : fibres) {
+    const bool with = lag == kLanes || f.block == drawn.block, together = with && (lag == kBlock || f.warp / 4 == drawn.warp / 4);
+    f.lags = lag == kLane    ? &f == &drawn
+             : lag == kLanes ? f.lane == drawn.lane
+             : lag == kWarp  ? together && f.warp == drawn.warp
+             : lag == kBlock ? with
+                             : together;
+    f.lags ^= launch.lag >= kAllBut;
+  }
+}
+
+// With even seeds operations land when not even the laggards can go on, with odd ones before they do.
 Fibre* next_fibre() {
-  if (warps_ready.empty()) return nullptr;
+  if (warps_ready.empty()) return launch.seed % 2 == 0 ? next_laggard() : nullptr;
   // Mostly the same warp goes on, which is quicker and no less adversarial: lanes of a warp differ by order too.
   if (all_warps[warp_now]->ready.empty() || random_number() % 32 == 0) {
     warp_now = warps_ready[random_number() % warps_ready.size()];
@@ -221,6 +259,7 @@ void run_cluster(u32 first) {
     for (Warp& w : b.warps) all_warps.push_back(&w);
   }
   warp_now = 0;
+  choose_laggards();
   for (Fibre& f : fibres) make_ready(&f);
   while (live_threads > 0 && !failed) {
     if (question.open) {
@@ -231,6 +270,9 @@ void run_cluster(u32 first) {
     }
     if (current == nullptr) {
       if (land_something()) continue;
+      current = next_laggard();
+    }
+    if (current == nullptr) {
       fail(block_name(blocks[0]) + ": " + stuck());
     }
     void* to = current->stack_pointer;
@@ -267,12 +309,12 @@ u32 random_number() {
 }
 
 void make_ready(Fibre* f) {
-  Warp& w = f->block->warps[f->warp];
   f->waits_for = nullptr;
-  if (w.ready.empty()) {
-    warps_ready.push_back(f->block->rank * static_cast<u32>(f->block->warps.size()) + f->warp);
+  if (f->lags) {
+    lagging.push_back(f);
+  } else {
+    enqueue(f);
   }
-  w.ready.push_back(f);
 }
 
 void wait(const char* what, Pc pc, u32 detail) {
@@ -286,6 +328,11 @@ void wait(const char* what, Pc pc, u32 detail) {
 void yield() {
   make_ready(current);
   leave();
+}
+
+void end_lag() {
+  for (Fibre* f : lagging) enqueue(f);
+  lagging.clear();
 }
 
 void maybe_yield() {

@@ -61,6 +61,7 @@ struct Fibre {
   std::vector<u32> fences;          // own at each fence.proxy.async of shared memory
   u32 engine, engine_done;          // of its bulk stores, see async.h; 0: none yet
   u32 polls;                        // value of progress at the last failed try_wait
+  bool lags;                        // runs when nobody else can
 
   u32 epoch() const { return id << kClockBits | own; }
 };
@@ -111,6 +112,9 @@ struct Block {
   int reduced[3];  // of the last __syncthreads_count / and / or
 };
 
+// Of the lot that the seed draws: a lane, the lane of that number in every warp, a warp, a warpgroup, a block of the cluster.
+enum Lag : u32 { kNobody, kLane, kLanes, kWarp, kWarpgroup, kBlock, kAllBut = 16 };
+
 struct Launch {
   void (*call)(const void*);
   const void* params;
@@ -118,6 +122,7 @@ struct Launch {
   u32 cluster, shared_bytes;
   u32 registers;  // of a thread at first
   u32 seed, engines;
+  u32 lag;  // who lags: a Lag; plus kAllBut: all but these
 };
 
 extern Launch launch;
@@ -153,6 +158,7 @@ void make_ready(Fibre* f);
 void wait(const char* what, Pc pc, u32 detail = 0);  // until someone makes the running thread ready
 void yield();                                        // others may run
 void maybe_yield();                                  // others may run, now and then
+void end_lag();                                      // who lags may run now: somebody polls
 
 void lane_exits(Fibre* f);    // warp.cpp
 void thread_exits(Fibre* f);  // barrier.cpp
