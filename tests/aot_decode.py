@@ -66,7 +66,10 @@ def _record(
     v_cache = k_cache[..., :headdim_v] if one_storage else torch.empty(*sizes, nheads_k, headdim_v, **new)
     keywords: dict[str, Any] = {"interleaved": interleaved, "num_splits": num_splits}
     if block_size is not None:
-        keywords["block_table"] = torch.zeros(batch, capacity // block_size, dtype=torch.int32)
+        pages = torch.arange(
+            batch * (capacity // block_size), dtype=torch.int32
+        )  # appended keys have slots of their own
+        keywords["block_table"] = pages.view(batch, -1) % 64
     if append:
         keywords["k"] = torch.empty(batch, seqlen_q, nheads_k, headdim, **new)
         keywords["v"] = torch.empty(batch, seqlen_q, nheads_k, headdim_v, **new)
