@@ -117,32 +117,31 @@ bool dense_floats(const View& v, const View& x) {
   return true;
 }
 
+// Are these, each or None, a weight and a bias for rows like those of x?
+bool affine_of(const View& x, const View& weight, const py::handle& weight_object, const View& bias,
+               const py::handle& bias_object) {
+  for (const View* v : {&weight, &bias})
+    if (v->ndim > 0 && (!vector_of(*v, x.shape[x.ndim - 1]) || (v->dtype != x.dtype && v->dtype != Dtype::f32))) return false;
+  if (weight.ndim > 0 && bias.ndim > 0 && weight.dtype != bias.dtype) return false;
+  return (weight.ndim > 0 || weight_object.is_none()) && (bias.ndim > 0 || bias_object.is_none());
+}
+
 py::object norm_eager(const py::handle& x_object, const py::handle& weight_object, const py::handle& bias_object,
-                      const py::handle& residual_object, bool centred, const py::handle& eps, const py::handle& weight_offset,
-                      const py::handle& rounding, int nthreads, bool saves) {
+                      const py::handle& residual_object, bool centred, const py::handle& eps_object,
+                      const py::handle& weight_offset_object, const py::handle& rounding, int nthreads, bool saves) {
   View x, weight, bias, residual;
-  if (!PyFloat_CheckExact(eps.ptr()) || !PyFloat_CheckExact(weight_offset.ptr()) || !PyUnicode_CheckExact(rounding.ptr()))
+  if (!PyFloat_CheckExact(eps_object.ptr()) || !PyFloat_CheckExact(weight_offset_object.ptr()) ||
+      !PyUnicode_CheckExact(rounding.ptr()))
     return py::none();
-  NormParams p;
-  p.eps = PyFloat_AS_DOUBLE(eps.ptr());
-  p.weight_offset = static_cast<float>(PyFloat_AS_DOUBLE(weight_offset.ptr()));
-  p.round_first = PyUnicode_CompareWithASCIIString(rounding.ptr(), "llama") == 0;
-  bool known = p.round_first || PyUnicode_CompareWithASCIIString(rounding.ptr(), "last") == 0;
-  if (!known || !(p.eps >= 0) || std::isinf(p.eps) || !std::isfinite(p.weight_offset)) return py::none();
+  double eps = PyFloat_AS_DOUBLE(eps_object.ptr()), weight_offset = PyFloat_AS_DOUBLE(weight_offset_object.ptr());
+  bool round_first = PyUnicode_CompareWithASCIIString(rounding.ptr(), "llama") == 0;
+  bool known = round_first || PyUnicode_CompareWithASCIIString(rounding.ptr(), "last") == 0;
+  if (!known || !(eps >= 0) || std::isinf(eps) || !std::isfinite(static_cast<float>(weight_offset))) return py::none();
   if (!try_view(x_object.ptr(), &x) || !optional_view(weight_object, &weight) || !optional_view(bias_object, &bias) ||
       !optional_view(residual_object, &residual))
     return py::none();
   if (!floating(x.dtype) || !unit_rows(x)) return py::none();
-  set_rows(&p, x);
-  p.weight_dtype = p.dtype;
-  for (const View* v : {&weight, &bias}) {
-    if (v->ndim == 0) continue;
-    if (!vector_of(*v, p.cols) || (v->dtype != x.dtype && v->dtype != Dtype::f32)) return py::none();
-    p.weight_dtype = static_cast<int>(v->dtype);
-  }
-  if (weight.ndim > 0 && bias.ndim > 0 && weight.dtype != bias.dtype) return py::none();
-  if (weight.ndim == 0 && (p.weight_offset != 0 || !weight_object.is_none())) return py::none();
-  if (!bias_object.is_none() && bias.ndim == 0) return py::none();
+  if (!affine_of(x, weight, weight_object, bias, bias_object) || (weight.ndim == 0 && weight_offset != 0)) return py::none();
   bool added = !residual_object.is_none();
   if (added && (!same_shape(x, residual) || residual.dtype != x.dtype || !unit_rows(residual))) return py::none();
   py::object y, sum, mean = py::none(), rstd;
@@ -152,16 +151,7 @@ py::object norm_eager(const py::handle& x_object, const py::handle& weight_objec
               (!saves || new_tensor(x.ndim - 1, x.shape, Dtype::f32, &rstd, &rstd_view)) &&
               (!saves || !centred || new_tensor(x.ndim - 1, x.shape, Dtype::f32, &mean, &mean_view));
   if (!made) return py::none();
-  p.centred = centred;
-  p.residual = rows_of(residual);
-  p.weight = weight.data;
-  p.bias = bias.data;
-  p.y = y_view.data;
-  p.sum = sum_view.data;
-  p.mean = mean_view.as<float>();
-  p.rstd = rstd_view.as<float>();
-  p.nthreads = nthreads;
-  without_gil(p.rows * p.cols, [&] { kernels().norm_fwd(p); });
+  norm_fwd(x, weight, bias, residual, y_view, sum_view, mean_view, rstd_view, centred, eps, weight_offset, round_first, nthreads);
   if (saves) return py::make_tuple(std::move(y), added ? std::move(sum) : py::none(), std::move(mean), std::move(rstd));
   if (added) return py::make_tuple(std::move(y), std::move(sum));
   return y;
@@ -180,37 +170,17 @@ py::object norm_bwd_eager(const py::handle& dy_object, const py::handle& dsum_ob
   if (!floating(x.dtype) || !unit_rows(x) || !std::isfinite(weight_offset) || wants_dweight > (weight.ndim > 0) ||
       wants_dbias > (bias.ndim > 0) || centred == mean_object.is_none())
     return py::none();
-  NormBwdParams p;
-  set_rows(&p, x);
-  p.weight_dtype = p.dtype;
-  for (const View* v : {&weight, &bias}) {
-    if (v->ndim == 0) continue;
-    if (!vector_of(*v, p.cols) || (v->dtype != x.dtype && v->dtype != Dtype::f32)) return py::none();
-    p.weight_dtype = static_cast<int>(v->dtype);
-  }
-  if (weight.ndim > 0 && bias.ndim > 0 && weight.dtype != bias.dtype) return py::none();
-  if ((weight.ndim == 0 && !weight_object.is_none()) || (bias.ndim == 0 && !bias_object.is_none())) return py::none();
+  if (!affine_of(x, weight, weight_object, bias, bias_object)) return py::none();
   auto like_x = [&](const View& v) { return same_shape(x, v) && v.dtype == x.dtype && unit_rows(v); };
   if (!like_x(dy) || (!dsum_object.is_none() && !like_x(dsum))) return py::none();
   if (!dense_floats(rstd, x) || (centred && !dense_floats(mean, x))) return py::none();
   py::object dx, dweight, dbias;
   View dx_view, dweight_view, dbias_view;
   bool made = new_tensor(x.ndim, x.shape, x.dtype, &dx, &dx_view) &&
-              (!wants_dweight || new_tensor(1, &p.cols, weight.dtype, &dweight, &dweight_view)) &&
-              (!wants_dbias || new_tensor(1, &p.cols, bias.dtype, &dbias, &dbias_view));
+              (!wants_dweight || new_tensor(1, weight.shape, weight.dtype, &dweight, &dweight_view)) &&
+              (!wants_dbias || new_tensor(1, bias.shape, bias.dtype, &dbias, &dbias_view));
   if (!made) return py::none();
-  p.centred = centred;
-  p.dy = rows_of(dy);
-  p.dsum = rows_of(dsum);
-  p.weight = weight.data;
-  p.mean = mean.as<float>();
-  p.rstd = rstd.as<float>();
-  p.dx = dx_view.data;
-  p.dweight = dweight_view.data;
-  p.dbias = dbias_view.data;
-  p.weight_offset = static_cast<float>(weight_offset);
-  p.nthreads = nthreads;
-  without_gil(p.rows * p.cols, [&] { kernels().norm_bwd(p); });
+  norm_bwd(dy, dsum, x, weight, mean, rstd, dx_view, dweight_view, dbias_view, centred, weight_offset, nthreads);
   return py::make_tuple(std::move(dx), wants_dweight ? std::move(dweight) : py::none(),
                         wants_dbias ? std::move(dbias) : py::none());
 }

@@ -67,15 +67,7 @@ FASTATTN_INLINE void deltas(const AttentionBwdParams& p, const Head& s, int64_t 
       for (int64_t i = 0; i < VL; ++i)
         x[i] =
             lane + i < rows ? dot_lanes<Cells>(dout + (lane + i) * p.do_stride[1], o + (lane + i) * p.o_stride[1], cols) : zero();
-      // Sums the lanes of each: half as many vectors per stage.
-#pragma GCC unroll 4
-      for (int width = VL / 2; width >= 1; width /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < width; ++i) {
-          vi a = as_int(x[i]), b = as_int(x[i + width]);
-          x[i] = as_float(zip_low(a, b)) + as_float(zip_high(a, b));
-        }
-      sum = x[0];
+      sum = reduce_each(x);
     }
     int64_t n = max64(0, min64(VL, rows - lane));
     if (p.dlse != nullptr) sum = sum - load_n(p.dlse + s.b * p.dlse_stride[0] + s.h * p.dlse_stride[1] + s.q_start + m + lane, n);

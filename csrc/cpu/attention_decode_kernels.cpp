@@ -17,18 +17,6 @@ constexpr int64_t kPiece = 1024;  // keys per task
 constexpr int64_t kBlock = 256;   // keys between two softmax updates
 constexpr int kMaxRows = 16;      // query rows per key head
 
-// Sums the lanes of VL vectors: result[i] = sum of x[i].
-FASTATTN_INLINE vf reduce_each(vf (&x)[VL]) {
-#pragma GCC unroll 4
-  for (int width = VL / 2; width >= 1; width /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < width; ++i) {
-      vi a = as_int(x[i]), b = as_int(x[i + width]);
-      x[i] = as_float(zip_low(a, b)) + as_float(zip_high(a, b));
-    }
-  return x[0];
-}
-
 FASTATTN_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
 }

@@ -30,6 +30,18 @@ FASTATTN_INLINE vi zip_high(vi a, vi b) {
 #endif
 }
 
+// Sums the lanes of VL vectors, half as many vectors per stage: result[i] = sum of x[i], which is lost.
+FASTATTN_INLINE vf reduce_each(vf (&x)[VL]) {
+#pragma GCC unroll 4
+  for (int width = VL / 2; width >= 1; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+      vi a = as_int(x[i]), b = as_int(x[i + width]);
+      x[i] = as_float(zip_low(a, b)) + as_float(zip_high(a, b));
+    }
+  return x[0];
+}
+
 // VL x VL transpose in registers: log2(VL) perfect shuffles of the rows.
 FASTATTN_INLINE void transpose(vi (&r)[VL]) {
 #pragma GCC unroll 4
