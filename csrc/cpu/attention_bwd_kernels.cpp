@@ -19,8 +19,9 @@ struct Backward {
   static constexpr int kBlocks = 2;
   static constexpr int64_t kPackedRows = kM / Cells::kPerCell, kPackedRowCells = kBlocks * kPackedRows;
   static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
-  // Exponentials beside products: 16 registers hold a product alone.
+  // Exponentials beside products: 16 registers hold a product alone, and floats gain nothing by it.
   static constexpr bool kBeside = VB == 64 && Cells::kPerCell == 2;
+  static constexpr bool kScaledQueries = Cells::kPerCell == 1;  // as in the forward: the same scores, bit for bit
 
   const AttentionBwdParams& p;
   const Plan& plan;
@@ -92,7 +93,7 @@ struct Backward {
     lanes_d = round_up(p.headdim, kM);
     lanes_v = round_up(p.headdim_v, kM);
     modified = is_modified(p);
-    c = modified ? 1.0f : p.scale * kLog2e;
+    c = modified || kScaledQueries ? 1.0f : p.scale * kLog2e;
     around = writes_around<T>(p, query_rows(p));
     int64_t floats = 0;
     layout([&](int64_t n) {
@@ -248,6 +249,7 @@ struct Backward {
     const Lanes& lanes = b.lanes;
     const T *q = q_row<T>(p, s, lanes.m0), *dout = do_row<T>(p, s, lanes.m0);
     rows_to_lanes<Cells>(q, p.q_stride[1], lanes.rows, p.headdim, b.q_lanes);
+    if (kScaledQueries && !modified) scale_lanes(b.q_lanes, p.scale * kLog2e, cells);
     rows_to_lanes<Cells>(dout, p.do_stride[1], lanes.rows, p.headdim_v, b.do_lanes);
     shifts(lse_of(p, s, lanes.m0), lanes.rows, b.shift, b.shift_low);
     deltas<Cells, T>(p, s, lanes.m0, lanes.rows, b.do_lanes, b.delta);
@@ -335,13 +337,6 @@ struct Backward {
     }
   }
 
-  FASTATTN_INLINE void store_score(float* to, vf x) {
-    if constexpr (kBeside)
-      store_halves(to, x);
-    else
-      store(to, x);
-  }
-
   void scores_of_keys(Queries& b, const float* k, int64_t n, const Band* band) {
     int64_t before = (cells - 1) / kChain * kChain;  // cells that earlier, shorter chains have summed
     float* to = b.scores;
@@ -350,10 +345,10 @@ struct Backward {
     const float *a = k + before, *q = b.q_lanes + before * kM;
     if (band == nullptr)
       block_product<Cells>(a, cells, 1, q, kM, cells - before,
-                           [&](int i, int v, vf x) { store_score(to + i * kM + v * VL, whole(i, v, x)); });
+                           [&](int i, int v, vf x) { store(to + i * kM + v * VL, whole(i, v, x)); });
     else
       block_product<Cells>(a, cells, 1, q, kM, cells - before,
-                           [&](int i, int v, vf x) { store_score(to + i * kM + v * VL, band->cut(v, n + i, whole(i, v, x))); });
+                           [&](int i, int v, vf x) { store(to + i * kM + v * VL, band->cut(v, n + i, whole(i, v, x))); });
   }
 
   // Scores of a register block of keys to P, in place and by rows, a key per step.
@@ -362,28 +357,41 @@ struct Backward {
     float *scores, *rows;
     const float *shift, *shift_low;
     int64_t left = kRows, every = 1;
-    vf scale;
+    vf scale, held;  // held: the first lanes of the key at hand
 
     Probabilities(const Queries& b, float c, float* rows)
         : scores(b.scores), rows(rows), shift(b.shift), shift_low(b.shift_low), scale(splat(c)) {}
 
-    inline __attribute__((always_inline)) void step() {
-      if (left == 0) return;
-      vf x[kVecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        vf score = fma(load(scores + v * VL), scale, load(shift + v * VL));
-        if constexpr (kDegree != 3) score = score + load(shift_low + v * VL);
-        x[v] = exp2(score);
-        store(scores + v * VL, x[v]);
-      }
-      store_cells(rows, x);
+    template <int v>
+    inline __attribute__((always_inline)) vf probability() {
+      vf x = load(scores + v * VL);
+      x = kScaledQueries ? x + load(shift + v * VL) : fma(x, scale, load(shift + v * VL));
+      if constexpr (kDegree != 3) x = x + load(shift_low + v * VL);
+      x = exp2(x);
+      store(scores + v * VL, x);
+      return x;
+    }
+    inline __attribute__((always_inline)) void next_key() {
       --left;
       scores += kM;
       rows += kPackedRowCells;
     }
+    inline __attribute__((always_inline)) void step(Vector<0>) {
+      if (left > 0) held = probability<0>();
+    }
+    inline __attribute__((always_inline)) void step(Vector<1>) {
+      if (left == 0) return;
+      vf x[kVecs] = {held, probability<1>()};
+      store_cells(rows, x);
+      next_key();
+    }
     __attribute__((always_inline)) void finish() {
-      while (left > 0) step();
+      while (left > 0) {
+        vf x[kVecs] = {probability<0>(), probability<1>()};
+        if constexpr (kVecs > 2) x[kVecs - 1] = probability<kVecs - 1>();
+        store_cells(rows, x);
+        next_key();
+      }
     }
   };
 
@@ -406,7 +414,7 @@ struct Backward {
     auto keep_vector = [&](int i, int v, vf x) { dp_reg[i][v] = before > 0 ? x + load(b.dp + i * kM + v * VL) : x; };
     const float *a = v_rows + before, *dout = b.do_lanes + before * kM;
     if constexpr (kBeside) {
-      probabilities.every = max64(1, (cells_v - before) / kRows);
+      probabilities.every = max64(1, (cells_v - before) / (kVecs * kRows));
       block_product<Cells>(a, cells_v, 1, dout, kM, cells_v - before, keep_vector, probabilities);
       probabilities.finish();
     } else {
@@ -487,11 +495,12 @@ struct Backward {
     int64_t group_ld = round_up(tile_count, kRows) / kPer * kRows, steps = seen.count / kPer;
     const float* k_tile = k_groups + tile_begin / kPer * groups * kRows + seen.at / kPer * kRows;
     const float* ds = ds_pairs + (kPer == 2 ? index * (kBlockN * kM / 2) : index * kM) + seen.at / kPer * ld;
+    Columns columns{k_tile, group_ld, kRows};
     if (__builtin_expect(k_not_finite, 0)) {
       for (int64_t i = 0; i < steps; ++i) __builtin_memcpy(dp + i * kM, ds + i * ld, kM * sizeof(float));
-      careful_product<Cells>(k_tile, group_ld, dp, groups, steps, b.dq_lanes, b.started);
+      careful_product<Cells>(columns, dp, groups, steps, b.dq_lanes, b.started);
     } else {
-      product_groups<Cells>(k_tile, group_ld, ds, ld, groups, steps, b.dq_lanes, kM, b.started);
+      product_groups<Cells>(columns, ds, ld, groups, steps, b.dq_lanes, kM, b.started);
     }
     b.started = true;
   }
@@ -527,10 +536,10 @@ struct Backward {
         float* to = c + n * ld + d;
         if (adds)
           block_product<Cells>(a + n * kPackedRowCells, kPackedRowCells, 1, b + d, ld, steps,
-                               [&](int i, int v, vf x) { store_score(to + i * ld + v * VL, load(to + i * ld + v * VL) + x); });
+                               [&](int i, int v, vf x) { store(to + i * ld + v * VL, load(to + i * ld + v * VL) + x); });
         else
           block_product<Cells>(a + n * kPackedRowCells, kPackedRowCells, 1, b + d, ld, steps,
-                               [&](int i, int v, vf x) { store_score(to + i * ld + v * VL, x); });
+                               [&](int i, int v, vf x) { store(to + i * ld + v * VL, x); });
       }
   }
 

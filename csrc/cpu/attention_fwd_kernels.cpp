@@ -1,7 +1,7 @@
 // attention_fwd: o = softmax(scale q k^T + options) v and lse, one task per (batch, head, block of queries).
 // S^T formulation: lanes are queries, so q is packed once per task, k and v are broadcast in their own row order, the
-// softmax statistics are per lane without horizontal steps, and o is transposed back once. For bf16 dot products the
-// exponentials of one tile run beside the product of the tile before it: they mostly use pipes that the product leaves idle.
+// softmax statistics are per lane without horizontal steps, and o is transposed back once. With AVX-512 the exponentials of
+// one tile run beside the product of the tile before it: they mostly use pipes that the product leaves idle.
 // Scratch per thread: q^T, o^T of the block, one K and one V tile, one score tile: L2 resident (0.3 MB at headdim 128).
 // Bound: multiply-adds, 4 * headdim FLOPs per visible pair. Dao, FlashAttention-2, arXiv:2307.08691.
 #include "attention_scores.h"
@@ -21,13 +21,13 @@ constexpr float kLazyRescale = 8.0f;  // rescale o only when the maximum grew by
 template <class T, class Cells>
 struct Forward {
   static constexpr int kDegree = sizeof(T) == 2 && !is_f16<T> ? 3 : 6;
-  // Exponentials beside products: 16 registers hold a product alone, and float tiles leave no room for others in L1.
-  static constexpr bool kBeside = VB == 64 && Cells::kPerCell == 2;
+  static constexpr bool kBeside = VB == 64;                     // exponentials beside products: 16 registers hold a product alone
+  static constexpr bool kScaledQueries = Cells::kPerCell == 1;  // floats take the scale when they are packed
 
   const AttentionParams& p;
   int64_t cells, groups, micros;
   bool around_cache;  // store o so
-  float c;            // raw score to log2 units
+  float c;            // score of the product to log2 units
   bool modified;
   // scratch
   float *qt, *ot, *scores, *tiles_of_probs[2], *k_tile, *v_tile, *keep;
@@ -39,7 +39,7 @@ struct Forward {
   static int64_t scratch_floats(const AttentionParams& p, int64_t micros) {
     int64_t cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell, cols = round_up(p.headdim_v, kRows);
     bool options = p.mask != nullptr || p.bias != nullptr || p.dropout;
-    return micros * kM * (cells + cols) + kBlockN * (kM * (options ? 5 : 2) + cells + cols) + 1024;
+    return micros * kM * (cells + cols) + kBlockN * (kM * (options ? 6 : 3) + cells + cols) + 1024;
   }
 
   Forward(const AttentionParams& params, int64_t micros_, bool around_cache_)
@@ -47,7 +47,7 @@ struct Forward {
     cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell;
     groups = round_up(p.headdim_v, kRows) / kRows;
     modified = is_modified(p);
-    c = modified ? kLog2e : p.scale * kLog2e;
+    c = kScaledQueries ? 1.0f : modified ? kLog2e : p.scale * kLog2e;
     float* at = static_cast<float*>(thread_scratch(scratch_floats(p, micros) * 4));
     auto take = [&](int64_t n) {
       float* mine = at;
@@ -57,7 +57,7 @@ struct Forward {
     qt = take(micros * kM * cells);
     ot = take(micros * kM * groups * kRows);
     scores = take(kBlockN * kM);
-    for (float*& probs : tiles_of_probs) probs = Cells::kPerCell == 2 ? take(kBlockN * kM / 2) : scores;
+    for (float*& probs : tiles_of_probs) probs = kBeside ? take(kBlockN * kM / Cells::kPerCell) : scores;
     k_tile = take(kBlockN * cells);
     v_tile = take(kBlockN * groups * kRows);
     bool options = p.mask != nullptr || p.bias != nullptr || p.dropout;
@@ -98,43 +98,58 @@ struct Forward {
 
     // Step often enough for all of it to fit beside `groups` products of `cells` steps each.
     void spread(int64_t groups, int64_t cells) {
-      int64_t steps = max64(1, (left / 2 + groups - 1) / groups);
-      every = max64(1, cells / steps);
+      int64_t pairs = max64(1, (left / 2 + groups - 1) / groups);
+      every = max64(1, cells / (kVecs * pairs));
     }
 
-    inline __attribute__((always_inline)) void step() {
+    template <int v>
+    inline __attribute__((always_inline)) void step(Vector<v>) {
       if (left == 0) return;
-      two_keys<0>();
-      left -= 2;
-    }
-    template <int kFirst>
-    inline __attribute__((always_inline)) void two_keys() {
-#pragma GCC unroll 4
-      for (int v = kFirst; v < kVecs; ++v) {
-        const float* at = scores + v * VL;
-        vf x = exp2(fma(load(at), scale, shift[v])), y = exp2(fma(load(at + kM), scale, shift[v]));
-        sum[0][v] = sum[0][v] + x;
-        sum[1][v] = sum[1][v] + y;
-        if constexpr (kDropout) {
-          x = x * load(keep + v * VL);
-          y = y * load(keep + kM + v * VL);
-        }
-        if constexpr (Cells::kPerCell == 1) {
-          store(probs + v * VL, x);
-          store(probs + kM + v * VL, y);
-        } else {
-          store_i(probs + v * VL, pack_pairs(x, y));
-        }
+      two_keys<v>();
+      if constexpr (v == kVecs - 1) {
+        next_keys();
+        left -= 2;
       }
+    }
+    // Lanes v of the two keys at hand.
+    template <int v>
+    inline __attribute__((always_inline)) void two_keys() {
+      vf x = load(scores + v * VL), y = load(scores + kM + v * VL);
+      if constexpr (kScaledQueries)
+        x = exp2(x + shift[v]), y = exp2(y + shift[v]);
+      else
+        x = exp2(fma(x, scale, shift[v])), y = exp2(fma(y, scale, shift[v]));
+      sum[0][v] = sum[0][v] + x;
+      sum[1][v] = sum[1][v] + y;
+      if constexpr (kDropout) {
+        x = x * load(keep + v * VL);
+        y = y * load(keep + kM + v * VL);
+      }
+      if constexpr (Cells::kPerCell == 1) {
+        store(probs + v * VL, x);
+        store(probs + kM + v * VL, y);
+      } else {
+        store_i(probs + v * VL, pack_pairs(x, y));
+      }
+    }
+    inline __attribute__((always_inline)) void next_keys() {
       scores += 2 * kM;
       if constexpr (kDropout) keep += 2 * kM;
       probs += 2 / Cells::kPerCell * kM;
     }
+    // Two keys of the vectors from kFirst on.
+    template <int kFirst>
+    inline __attribute__((always_inline)) void lanes_from() {
+      if constexpr (kFirst <= 0) two_keys<0>();
+      if constexpr (kFirst <= 1) two_keys<1>();
+      if constexpr (kVecs > 2) two_keys<kVecs - 1>();
+      next_keys();
+    }
     __attribute__((always_inline)) void finish() {
-      while (left > 0) step();
-      for (int64_t n = ends.of[0]; n < ends.of[1]; n += 2) two_keys<1>();
+      for (; left > 0; left -= 2) lanes_from<0>();
+      for (int64_t n = ends.of[0]; n < ends.of[1]; n += 2) lanes_from<1>();
       if constexpr (kVecs > 2)
-        for (int64_t n = ends.of[1]; n < ends.of[kVecs - 1]; n += 2) two_keys<kVecs - 1>();
+        for (int64_t n = ends.of[1]; n < ends.of[kVecs - 1]; n += 2) lanes_from<kVecs - 1>();
     }
   };
 
@@ -142,9 +157,8 @@ struct Forward {
   struct Waiting {
     Row* row = nullptr;
     float* o;
-    const float* v;
+    Columns v;
     float* probs;
-    int64_t v_ld;
     Ends ends;  // in cells
     bool v_not_finite;
   };
@@ -166,7 +180,9 @@ struct Forward {
       make_lanes(p, s, m_begin + i * kM, r.lanes);
       for (int v = 0; v < kVecs; ++v) r.m[v] = splat(-kInfinity), r.l[v] = zero();
       r.started = false;
-      rows_to_lanes<Cells>(q_row<T>(p, s, r.lanes.m0), p.q_stride[1], r.lanes.rows, p.headdim, qt + i * kM * cells);
+      float* q = qt + i * kM * cells;
+      rows_to_lanes<Cells>(q_row<T>(p, s, r.lanes.m0), p.q_stride[1], r.lanes.rows, p.headdim, q);
+      if (kScaledQueries && !modified) scale_lanes(q, p.scale * kLog2e, cells);
     }
     int64_t end = rows[count - 1].lanes.end;
     KeyTiles<T, Cells> tiles(p, s, cells, groups, k_tile, v_tile);
@@ -218,13 +234,6 @@ struct Forward {
     return ahead(static_cast<const bf16*>(p.bias) + at, st[2], count, lanes.rows);  // fp16 is as wide
   }
 
-  FASTATTN_INLINE void store_score(float* to, vf x) {
-    if constexpr (kBeside)
-      store_halves(to, x);
-    else
-      store(to, x);
-  }
-
   // One block of kM queries against one tile of keys.
   void micro(const Head& s, Row& r, int64_t index, KeyTiles<T, Cells>& tiles) {
     int64_t begin = max64(seen.begin, r.lanes.begin), end = min64(seen.end, r.lanes.end);
@@ -263,7 +272,7 @@ struct Forward {
       auto whole = [&](int i, int v, vf x) { return before > 0 ? x + load(to + i * kM + v * VL) : x; };
       auto keep_cut = [&](int i, int v, vf x) __attribute__((always_inline)) {
         x = band.cut(v, n + i, whole(i, v, x));
-        store_score(to + i * kM + v * VL, x);
+        store(to + i * kM + v * VL, x);
         top[v] = max(top[v], x);
       };
       if (n >= ends.of[0] && n >= ends.of[kVecs - 2])
@@ -275,13 +284,13 @@ struct Forward {
       else
         block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, [&](int i, int v, vf x) {
           x = whole(i, v, x);
-          store_score(to + i * kM + v * VL, x);
+          store(to + i * kM + v * VL, x);
           top[v] = max(top[v], x);
         });
     }
     if (rewritten) {
       for (int v = 0; v < kVecs; ++v) top[v] = splat(-kInfinity);
-      apply_options(p, s, r.lanes, n0, count, sight, modified, scores, pairs, top, nullptr, false);
+      apply_options(p, s, r.lanes, n0, count, sight, modified, scores, pairs, top, nullptr, kScaledQueries);
     }
     float* o = ot + index * kM * groups * kRows;
     if (waiting.row == &r) multiply();  // before o is rescaled
@@ -299,9 +308,10 @@ struct Forward {
       exponentials.finish();
       r.add(exponentials.sum);
     }
-    const float* v_cells = tiles.v() + skip / Cells::kPerCell * kRows;
+    Columns v_cells = tiles.v();
+    v_cells.at += skip / Cells::kPerCell * v_cells.col;
     for (int64_t& end : ends.of) end /= Cells::kPerCell;
-    waiting = {&r, o, v_cells, probs, tiles.v_ld, ends, tiles.v_not_finite};
+    waiting = {&r, o, v_cells, probs, ends, tiles.v_not_finite};
     turn ^= 1;
     if (!kBeside) multiply();
   }
@@ -314,9 +324,9 @@ struct Forward {
       int64_t count = w.ends.of[kVecs - 1];
       for (int v = 0; v < kVecs; ++v)
         for (int64_t k = w.ends.of[v]; k < count; ++k) store(w.probs + k * kM + v * VL, zero());
-      careful_product<Cells>(w.v, w.v_ld, w.probs, groups, count, w.o, w.row->started);
+      careful_product<Cells>(w.v, w.probs, groups, count, w.o, w.row->started);
     } else {
-      product_groups<Cells>(w.v, w.v_ld, w.probs, kM, groups, w.ends.of[0], w.o, kM, w.row->started, NoSide{}, &w.ends);
+      product_groups<Cells>(w.v, w.probs, kM, groups, w.ends.of[0], w.o, kM, w.row->started, NoSide{}, &w.ends);
     }
     w.row->started = true;
     waiting.row = nullptr;
@@ -327,7 +337,7 @@ struct Forward {
     const Waiting& w = waiting;
     if (w.row == nullptr || w.v_not_finite) return multiply();
     exponentials.spread(groups, w.ends.of[0]);
-    product_groups<Cells>(w.v, w.v_ld, w.probs, kM, groups, w.ends.of[0], w.o, kM, w.row->started, exponentials, &w.ends);
+    product_groups<Cells>(w.v, w.probs, kM, groups, w.ends.of[0], w.o, kM, w.row->started, exponentials, &w.ends);
     w.row->started = true;
     waiting.row = nullptr;
   }

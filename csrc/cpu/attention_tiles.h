@@ -18,10 +18,10 @@ struct KeyTiles {
   int64_t cells, groups;
   float *k_buffer, *v_buffer;
   int64_t n0 = 0, count = 0;  // this tile's keys
-  int64_t k_ld, v_ld = 0;     // cells between keys; between groups of kRows columns
+  int64_t k_ld;               // cells between keys
   bool v_not_finite = false;  // some value is inf or NaN: products must not touch it through a zero probability
   const float* k_ready = nullptr;
-  bool v_ready = false;
+  Columns v_ready{};
 
   KeyTiles(const AttentionParams& p, const Head& s, int64_t cells, int64_t groups, float* k_buffer, float* v_buffer)
       : p(p), s(s), cells(cells), groups(groups), k_buffer(k_buffer), v_buffer(v_buffer), k_ld(cells) {}
@@ -29,9 +29,8 @@ struct KeyTiles {
   void start(int64_t first, int64_t keys) {
     n0 = first;
     count = keys;
-    v_ld = round_up(count, kRows) / Cells::kPerCell * kRows;
     k_ready = nullptr;
-    v_ready = false;
+    v_ready.at = nullptr;
   }
 
   // [round_up(count, kRows)][k_ld] cells: the rows themselves where they can be read in place, else a copy.
@@ -49,36 +48,57 @@ struct KeyTiles {
     return k_ready = k_buffer;
   }
 
-  // [groups][keys / kPerCell][kRows] cells.
-  const float* v() {
-    if (v_ready) return v_buffer;
-    v_ready = true;
-    int64_t padded = round_up(count, kRows);
+  // The values by columns: where they lie, if they lie close together (rows far apart fall into few sets of the cache), else
+  // a copy [groups][keys / kPerCell][kRows] cells.
+  Columns v() {
+    if (v_ready.at != nullptr) return v_ready;
+    bool close = p.v_stride[1] <= kCloseCells && p.headdim_v % kRows == 0 && p.block_table == nullptr;
+    if (sizeof(T) == sizeof(float) && close && count % kRows == 0) {
+      const float* rows = reinterpret_cast<const float*>(key_row<T>(p, s, p.v, p.v_stride, n0));
+      v_not_finite = any_not_finite(rows);
+      if (!v_not_finite) return v_ready = {rows, kRows, p.v_stride[1]};
+    }
+    return v_ready = packed_v();
+  }
+
+ private:
+  static constexpr int64_t kCloseCells = 256;
+
+  bool any_not_finite(const float* rows) const {
+    vi bad = splat_i(0);
+    for (int64_t n = 0; n < count; ++n, rows += p.v_stride[1])
+      for (int64_t d = 0; d < p.headdim_v; d += VL)
+        bad |= not_finite(as_int(d + VL <= p.headdim_v ? load(rows + d) : load_n(rows + d, p.headdim_v - d)));
+    return any(bad);
+  }
+
+  Columns packed_v() {
+    int64_t padded = round_up(count, kRows), group = padded / Cells::kPerCell * kRows;
     vi bad = splat_i(0);
     int64_t step = Cells::kPerCell, n = 0;
     for (; n < count; n += step) {
       const T* a = key_row<T>(p, s, p.v, p.v_stride, n0 + n);
       const T* b = step == 2 && n + 1 < count ? key_row<T>(p, s, p.v, p.v_stride, n0 + n + 1) : nullptr;
-      bad |= group_rows<Cells>(a, b, p.headdim_v, n / step, v_ld, v_buffer);
+      bad |= group_rows<Cells>(a, b, p.headdim_v, n / step, group, v_buffer);
     }
     for (; n < padded; n += step)
-      for (int64_t g = 0; g < groups; ++g) __builtin_memset(v_buffer + g * v_ld + n / step * kRows, 0, kRows * sizeof(float));
+      for (int64_t g = 0; g < groups; ++g) __builtin_memset(v_buffer + g * group + n / step * kRows, 0, kRows * sizeof(float));
     v_not_finite = any(bad);
-    return v_buffer;
+    return {v_buffer, group, kRows};
   }
 };
 
 // product_groups for a tile that holds inf or NaN: a zero in B contributes nothing, whatever A holds there.
 template <class Cells>
-static __attribute__((noinline)) void careful_product(const float* a, int64_t group_ld, const float* b, int64_t groups,
-                                                      int64_t count, float* c, bool accumulate) {
+static __attribute__((noinline)) void careful_product(Columns a, const float* b, int64_t groups, int64_t count, float* c,
+                                                      bool accumulate) {
   for (int64_t g = 0; g < groups; ++g)
     for (int i = 0; i < kRows; ++i)
       for (int v = 0; v < kVecs; ++v) {
         float* to = c + (g * kRows + i) * kM + v * VL;
         vf sum = accumulate ? load(to) : zero();
         for (int64_t k = 0; k < count; ++k) {
-          int32_t cell = as_int(splat(a[g * group_ld + k * kRows + i]))[0];
+          int32_t cell = as_int(splat(a.at[g * a.group + k * a.col + i]))[0];
           vi pair = load_i(b + k * kM + v * VL);
           if constexpr (Cells::kPerCell == 2) {
             vf low = as_float(pair << 16), high = as_float(pair & (int32_t)0xffff0000);

@@ -34,9 +34,12 @@ struct PairCells {
 };
 #endif
 
-// Work that has nothing to do with a product but runs beside it: step() after every `every` steps of the product. A core
-// that is busy with multiply-adds has other pipes idle; out of order execution alone does not look far enough ahead.
+// Work that has nothing to do with a product but runs beside it, in small pieces: step(v) for every vector of lanes in turn,
+// one after every `every` steps of the product. A core that is busy with multiply-adds has other pipes idle; out of order
+// execution alone does not look far enough ahead.
 struct NoSide {};
+template <int v>
+using Vector = std::integral_constant<int, v>;
 
 // The number of steps of each vector of lanes, none more than of the next: at a diagonal the first lanes end first.
 struct Ends {
@@ -65,18 +68,25 @@ FASTATTN_INLINE void block_product(const float* a, int64_t row, int64_t col, con
       b += ldb;
     }
   };
-  constexpr std::integral_constant<int, kFirst> all{};
+  constexpr Vector<kFirst> all{};
   if constexpr (std::is_same_v<std::decay_t<Side>, NoSide>) {
     steps(all, count);
   } else {
-    for (; count > 0; count -= side.every) {
-      steps(all, count < side.every ? count : side.every);
-      side.step();
+    static_assert(kVecs == 2);
+    auto beside = [&](auto vector) __attribute__((always_inline)) {
+      int64_t n = count < side.every ? count : side.every;
+      steps(all, n);
+      count -= n;
+      side.step(vector);
+    };
+    while (count > 0) {
+      beside(Vector<0>{});
+      beside(Vector<1>{});
     }
   }
   if (ends != nullptr) {
-    if constexpr (kVecs > 1) steps(std::integral_constant<int, 1>{}, ends->of[1] - ends->of[0]);
-    if constexpr (kVecs > 2) steps(std::integral_constant<int, 2>{}, ends->of[2] - ends->of[1]);
+    if constexpr (kVecs > 1) steps(Vector<1>{}, ends->of[1] - ends->of[0]);
+    if constexpr (kVecs > 2) steps(Vector<2>{}, ends->of[2] - ends->of[1]);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
@@ -105,15 +115,22 @@ static void product_rows(const float* a, int64_t lda, const float* b, int64_t ld
   }
 }
 
-// C[groups * kRows][kM] += A^T B for A stored in groups: [group][group_ld cells apart][k][kRows].
+// A tile that is read by columns: kRows neighbours at a time, `col` cells from one step of the product to the next and `group`
+// from kRows columns to the next kRows.
+struct Columns {
+  const float* at;
+  int64_t group, col;
+};
+
+// C[groups * kRows][kM] += A^T B.
 template <class Cells, class Side = NoSide>
-FASTATTN_INLINE void product_groups(const float* a, int64_t group_ld, const float* b, int64_t ldb, int64_t groups, int64_t count,
-                                    float* c, int64_t ldc, bool accumulate, Side&& side = Side{}, const Ends* ends = nullptr) {
-  for (int64_t g = 0; g < groups; ++g, a += group_ld, c += kRows * ldc) {
+FASTATTN_INLINE void product_groups(Columns a, const float* b, int64_t ldb, int64_t groups, int64_t count, float* c, int64_t ldc,
+                                    bool accumulate, Side&& side = Side{}, const Ends* ends = nullptr) {
+  for (int64_t g = 0; g < groups; ++g, a.at += a.group, c += kRows * ldc) {
     if (accumulate)
-      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { add_to(c + i * ldc + v * VL, x); }, side, ends);
+      block_product<Cells>(a.at, 1, a.col, b, ldb, count, [&](int i, int v, vf x) { add_to(c + i * ldc + v * VL, x); }, side, ends);
     else
-      block_product<Cells>(a, 1, kRows, b, ldb, count, [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); }, side, ends);
+      block_product<Cells>(a.at, 1, a.col, b, ldb, count, [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); }, side, ends);
   }
 }
 

@@ -33,15 +33,6 @@ typedef uint16_t vh_u __attribute__((vector_size(VB / 2), aligned(2), may_alias)
 
 FASTATTN_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
 FASTATTN_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
-// As store, in two halves: where the data path is 256 bits wide (Zen 4), a whole store holds up the multiply-adds around it.
-FASTATTN_INLINE void store_halves(float* p, vf x) {
-#if VB == 64
-  _mm256_storeu_ps(p, _mm512_castps512_ps256((__m512)x));
-  _mm256_storeu_ps(p + 8, _mm512_extractf32x8_ps((__m512)x, 1));
-#else
-  store(p, x);
-#endif
-}
 FASTATTN_INLINE vi load_i(const void* p) { return *static_cast<const vi_u*>(p); }
 FASTATTN_INLINE void store_i(void* p, vi x) { *static_cast<vi_u*>(p) = x; }
 FASTATTN_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
@@ -285,7 +276,7 @@ static inline void log_sums(const float* m, const float* l, float* to, int n) {
   }
 }
 
-#if defined(__AVX512BF16__)
+#if VB == 64
 // The compiler would keep a constant in memory and load all 64 bytes of it at every use; this pins it to a register.
 FASTATTN_INLINE vf in_register(vf x) {
   asm("" : "+v"(x));
@@ -293,26 +284,41 @@ FASTATTN_INLINE vf in_register(vf x) {
 }
 #endif
 
-// exp2 for loops beside a product of bf16 pairs: its constants stay in registers, and with a table of sixteenths (the
-// remainder is at most 1/32) degree 3 becomes one multiply-add, of relative error 2.3e-4. The other steps run on pipes that
-// a product leaves idle.
+// exp2 for loops beside a product: its constants stay in registers, and a table of 2^(i / 16) or 2^(i / 32) leaves so small a
+// remainder that degree 3 becomes one multiply-add (relative error 2.3e-4) and degree 6 three (8e-8, the rounding of the table
+// included). Only those compete with the product: the other steps run on pipes that it leaves idle.
 template <int Degree>
 struct Exp2 {
-#if defined(__AVX512BF16__)
-  vf power, slope, shift;
+#if VB == 64
+  vf low, high, shift;  // high: the second half of 32nds; of 16ths low times ln 2
   FASTATTN_INLINE Exp2 make() {
-    vf t = (vf){1.0f,         1.044273782f, 1.090507733f, 1.138788635f, 1.189207115f, 1.241857812f, 1.296839555f, 1.354255547f,
-                1.414213562f, 1.476826146f, 1.542210825f, 1.610490332f, 1.681792831f, 1.756252160f, 1.834008086f, 1.915206561f};
-    // Adding 1.5 * 2^19 leaves the sixteenths in the lowest bits.
-    return {in_register(t), in_register(t * splat(0.693147181f)), in_register(splat(0x1.8p19f))};
+    // Adding 1.5 * 2^(23 - bits of the index) leaves the index in the lowest bits.
+    if constexpr (Degree == 3) {
+      vf t = (vf){1.0f,         1.044273782f, 1.090507733f, 1.138788635f, 1.189207115f, 1.241857812f, 1.296839555f, 1.354255547f,
+                  1.414213562f, 1.476826146f, 1.542210825f, 1.610490332f, 1.681792831f, 1.756252160f, 1.834008086f, 1.915206561f};
+      return {in_register(t), in_register(t * splat(0.693147181f)), in_register(splat(0x1.8p19f))};
+    } else {
+      vf first = (vf){1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+                      1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f};
+      vf second = (vf){1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+                       1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
+      return {in_register(first), in_register(second), in_register(splat(0x1.8p18f))};
+    }
   }
   inline __attribute__((always_inline)) vf operator()(vf x) const {
-    if constexpr (Degree != 3) return exp2<Degree>(x);
-    __m512 rest = _mm512_reduce_ps((__m512)x, 0x40);  // x - round(16 x) / 16; 0 for infinities
-    __m512 sixteenths = (__m512)x - rest;
-    __m512i index = (__m512i)(sixteenths + (__m512)shift);
-    __m512 y = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, (__m512)slope), rest, _mm512_permutexvar_ps(index, (__m512)power));
-    return (vf)_mm512_scalef_ps(y, sixteenths);  // by 2^floor
+    constexpr int kBits = Degree == 3 ? 4 : 5;
+    __m512 rest = _mm512_reduce_ps((__m512)x, kBits << 4);  // x - round(2^kBits x) / 2^kBits; 0 for infinities
+    __m512 steps = (__m512)x - rest;
+    __m512i index = (__m512i)(steps + (__m512)shift);
+    __m512 y;
+    if constexpr (Degree == 3) {
+      y = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, (__m512)high), rest, _mm512_permutexvar_ps(index, (__m512)low));
+    } else {
+      __m512 t = _mm512_permutex2var_ps((__m512)low, index, (__m512)high);
+      __m512 slope = _mm512_fmadd_ps(_mm512_set1_ps(2.402264974e-01f), rest, _mm512_set1_ps(6.931573298e-01f));
+      y = _mm512_fmadd_ps(t * rest, slope, t);
+    }
+    return (vf)_mm512_scalef_ps(y, steps);  // by 2^floor
   }
 #else
   FASTATTN_INLINE Exp2 make() { return {}; }

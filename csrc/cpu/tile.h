@@ -88,6 +88,11 @@ FASTATTN_INLINE void rows_to_lanes(const T* from, int64_t stride, int64_t rows, 
   }
 }
 
+// Float lanes of `cells` cells times a factor: q that has been packed takes the scale of its scores.
+FASTATTN_INLINE void scale_lanes(float* lanes, float factor, int64_t cells) {
+  for (int64_t i = 0; i < cells * kM; i += VL) store(lanes + i, load(lanes + i) * splat(factor));
+}
+
 // Two vectors as bf16 pairs (x in the low half): the B operand of a product of probabilities. The instruction flushes denormals.
 FASTATTN_INLINE vi pack_pairs(vf x, vf y) {
 #if defined(__AVX512BF16__)
