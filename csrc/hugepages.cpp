@@ -1,7 +1,8 @@
-// Memory for our own large outputs. glibc maps every block above 32 MB afresh and unmaps it at free, so a fresh 64 MB
-// output costs 16384 page faults, several times the work of a norm. Here such blocks are aligned to 2 MB, marked for huge
-// pages and kept for the next output of their size class, up to a bound (1 GiB, an eighth of the memory, or half of what
-// the control group allows, whichever is least). torch returns a block through the DLPack deleter, from any thread.
+// Memory for our own large outputs. glibc maps every block above 32 MB afresh and unmaps it at free, and gives smaller ones
+// back too when they lie at the end of its heap: a fresh 64 MB output costs 16384 page faults, several times the work of a
+// norm. Here outputs of 4 MB and more are aligned to 2 MB, marked for huge pages and kept for the next output of their size
+// class, up to a bound (1 GiB, an eighth of the memory, or half of what the control group allows, whichever is least). torch
+// returns a block through the DLPack deleter, from any thread.
 #include <pybind11/pybind11.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -26,7 +27,8 @@ struct Block {
   int64_t bytes;
 };
 
-// Eight classes per power of two: at most an eighth of a block is unused, and neighbouring sizes share blocks.
+// Eight classes per power of two, whole huge pages: at most an eighth of a block (of small ones, 2 MB) is unused, and
+// neighbouring sizes share blocks.
 int64_t size_class(int64_t bytes) {
   int64_t step = kHugePage;
   while (step * 16 <= bytes) step *= 2;
@@ -176,7 +178,7 @@ void bind_hugepages(py::module_& m) {
         cache().enabled = on;
         if (!on) cache().release_all();
       },
-      "Whether outputs of 32 MB and more come from the cache of huge pages.");
+      "Whether outputs of 4 MB and more come from the cache of huge pages.");
   m.def("hugepages", [] { return cache().enabled; });
   m.def("hugepage_threshold", [] { return kHugeTensorBytes; });
   m.def("hugepage_bound", [] { return cache().bound; }, "How many bytes the cache keeps at most.");

@@ -62,7 +62,7 @@ bool try_address(PyObject* object, void** data, DLDevice* device);
 PyObject* empty_tensor(int ndim, const int64_t* shape, Dtype dtype, const int64_t* stride = nullptr);
 
 // The part of empty_tensor for `wants_huge(bytes)`; null when the system has no memory left.
-constexpr int64_t kHugeTensorBytes = 32 << 20;
+constexpr int64_t kHugeTensorBytes = 4 << 20;
 bool wants_huge(int64_t bytes);
 PyObject* empty_huge_tensor(int ndim, const int64_t* shape, Dtype dtype, const int64_t* stride);
 

@@ -186,7 +186,7 @@ def test_bits_do_not_depend_on_threads(dtype):
 
 
 def test_around_the_cache():
-    """Inputs and outputs above 24 MB take non-temporal stores, and outputs above 32 MB huge pages."""
+    """Inputs and outputs above 24 MB take non-temporal stores, and outputs above 4 MB huge pages."""
     for dtype, rows, cols in ((torch.float32, 2100, 4096), (torch.bfloat16, 4200, 4096), (torch.float16, 9000, 1000)):
         x, weight = torch.randn(rows, cols).to(dtype), torch.randn(cols).to(dtype)
         y, total = layer_norm(x, weight, residual=x)

@@ -163,7 +163,7 @@ def test_empty(way, shape):
 
 
 def test_around_the_cache():
-    """Above 24 MB of input and output the stores are non-temporal, above 32 MB of output the memory is huge pages."""
+    """Above 24 MB of input and output the stores are non-temporal, above 4 MB of output the memory is huge pages."""
     cos, sin = tables.plain(2048, 128)
     for dtype in law.LOW:
         for x in (torch.randn(1, 2048, 40, 128).to(dtype), torch.randn(1, 40, 2048, 128).to(dtype).transpose(1, 2)):

@@ -245,7 +245,8 @@ struct Forward {
     int64_t n0 = tiles.n0 + skip, count = round_up(end - n0, kRows);
     // The options see to the band, but only a mask that is looked at hides what the rounding to kRows adds to the span.
     if (modified && p.mask != nullptr && (n0 < seen.begin || n0 + count > seen.end)) sight = Sight::some;
-    const float* k = tiles.k() + skip * tiles.k_ld;
+    CellRows k = tiles.k();
+    k.at += skip * k.ld;
 
     bool rewritten = modified || sight != Sight::all;  // a pass over the tile that also sees to the band
     int64_t plain_begin = max64(begin, r.lanes.full_begin) - n0, plain_end = min64(end, r.lanes.full_end) - n0;
@@ -260,7 +261,7 @@ struct Forward {
       ends.of[v] = banded ? max64(0, min64(count, round_up(r.lanes.last[(v + 1) * VL - 1] - n0, kRows))) : count;
     const float* q = qt + index * kM * cells;
     int64_t before = (cells - 1) / kChain * kChain;  // cells that earlier, shorter chains have summed
-    if (before > 0) product_rows<Cells>(k, tiles.k_ld, q, kM, count, before, scores, kM, false);
+    if (before > 0) product_rows<Cells>(k.at, k.ld, q, kM, count, before, scores, kM, false);
     for (int64_t n = 0; n < count; n += kRows) {
       float* to = scores + n * kM;
       k_ahead.fetch(step_rows);
@@ -268,7 +269,7 @@ struct Forward {
       q_ahead.fetch(step_rows);
       o_ahead.fetch(step_rows);
       bias_ahead.fetch(kM * kRows / kBlockN + 1);
-      const float *a = k + n * tiles.k_ld + before, *b = q + before * kM;
+      const float *a = k.at + n * k.ld + before, *b = q + before * kM;
       auto whole = [&](int i, int v, vf x) { return before > 0 ? x + load(to + i * kM + v * VL) : x; };
       auto keep_cut = [&](int i, int v, vf x) __attribute__((always_inline)) {
         x = band.cut(v, n + i, whole(i, v, x));
@@ -276,13 +277,13 @@ struct Forward {
         top[v] = max(top[v], x);
       };
       if (n >= ends.of[0] && n >= ends.of[kVecs - 2])
-        block_product<Cells, kVecs - 1>(a, tiles.k_ld, 1, b, kM, cells - before, keep_cut);
+        block_product<Cells, kVecs - 1>(a, k.ld, 1, b, kM, cells - before, keep_cut);
       else if (n >= ends.of[0])
-        block_product<Cells, 1>(a, tiles.k_ld, 1, b, kM, cells - before, keep_cut);
+        block_product<Cells, 1>(a, k.ld, 1, b, kM, cells - before, keep_cut);
       else if (banded && (n < plain_begin || n + kRows > plain_end))
-        block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, keep_cut);
+        block_product<Cells>(a, k.ld, 1, b, kM, cells - before, keep_cut);
       else
-        block_product<Cells>(a, tiles.k_ld, 1, b, kM, cells - before, [&](int i, int v, vf x) {
+        block_product<Cells>(a, k.ld, 1, b, kM, cells - before, [&](int i, int v, vf x) {
           x = whole(i, v, x);
           store(to + i * kM + v * VL, x);
           top[v] = max(top[v], x);

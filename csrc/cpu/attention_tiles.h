@@ -18,42 +18,41 @@ struct KeyTiles {
   int64_t cells, groups;
   float *k_buffer, *v_buffer;
   int64_t n0 = 0, count = 0;  // this tile's keys
-  int64_t k_ld;               // cells between keys
   bool v_not_finite = false;  // some value is inf or NaN: products must not touch it through a zero probability
-  const float* k_ready = nullptr;
+  CellRows k_ready{};
   Columns v_ready{};
 
   KeyTiles(const AttentionParams& p, const Head& s, int64_t cells, int64_t groups, float* k_buffer, float* v_buffer)
-      : p(p), s(s), cells(cells), groups(groups), k_buffer(k_buffer), v_buffer(v_buffer), k_ld(cells) {}
+      : p(p), s(s), cells(cells), groups(groups), k_buffer(k_buffer), v_buffer(v_buffer) {}
 
   void start(int64_t first, int64_t keys) {
     n0 = first;
     count = keys;
-    k_ready = nullptr;
+    k_ready.at = nullptr;
     v_ready.at = nullptr;
   }
 
-  // [round_up(count, kRows)][k_ld] cells: the rows themselves where they can be read in place, else a copy.
-  const float* k() {
-    if (k_ready != nullptr) return k_ready;
-    constexpr bool same_type = sizeof(T) * Cells::kPerCell == sizeof(float);
-    bool dense = p.k_stride[1] == p.headdim && p.headdim % Cells::kPerCell == 0 && p.block_table == nullptr;
-    if (same_type && dense && count % kRows == 0) {
-      k_ready = reinterpret_cast<const float*>(key_row<T>(p, s, p.k, p.k_stride, n0));
-      return k_ready;
+  // round_up(count, kRows) keys: the rows themselves where they can be read in place, else a copy.
+  CellRows k() {
+    if (k_ready.at != nullptr) return k_ready;
+    bool whole_cells = p.k_stride[1] % Cells::kPerCell == 0 && p.headdim % Cells::kPerCell == 0;
+    if (sizeof(T) * Cells::kPerCell == sizeof(float) && whole_cells && p.block_table == nullptr && count % kRows == 0) {
+      const T* rows = key_row<T>(p, s, p.k, p.k_stride, n0);
+      return k_ready = {reinterpret_cast<const float*>(rows), p.k_stride[1] / Cells::kPerCell};
     }
     int64_t n = 0;
     for (; n < count; ++n) copy_row<Cells>(key_row<T>(p, s, p.k, p.k_stride, n0 + n), p.headdim, k_buffer + n * cells);
     for (; n < round_up(count, kRows); ++n) __builtin_memset(k_buffer + n * cells, 0, cells * sizeof(float));
-    return k_ready = k_buffer;
+    return k_ready = {k_buffer, cells};
   }
 
-  // The values by columns: where they lie, if they lie close together (rows far apart fall into few sets of the cache), else
-  // a copy [groups][keys / kPerCell][kRows] cells.
+  // The values by columns: where they lie, unless they lie so far apart that they fall into few sets of the cache, else a copy
+  // [groups][keys / kPerCell][kRows] cells. A copy of long rows would not stay in the cache either.
   Columns v() {
     if (v_ready.at != nullptr) return v_ready;
-    bool close = p.v_stride[1] <= kCloseCells && p.headdim_v % kRows == 0 && p.block_table == nullptr;
-    if (sizeof(T) == sizeof(float) && close && count % kRows == 0) {
+    bool close = p.v_stride[1] <= kCloseCells || p.headdim_v >= kCloseCells;
+    bool whole_groups = p.headdim_v % kRows == 0 && count % kRows == 0 && p.block_table == nullptr;
+    if (sizeof(T) == sizeof(float) && close && whole_groups) {
       const float* rows = reinterpret_cast<const float*>(key_row<T>(p, s, p.v, p.v_stride, n0));
       v_not_finite = any_not_finite(rows);
       if (!v_not_finite) return v_ready = {rows, kRows, p.v_stride[1]};

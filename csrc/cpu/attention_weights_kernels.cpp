@@ -48,7 +48,8 @@ void block_of_weights(const AttentionParams& p, int64_t b, int64_t h, int64_t m0
       continue;
     }
     tiles.start(n0, seen);
-    product_rows<Cells>(tiles.k(), tiles.k_ld, q, kM, count, cells, scores, kM, false);
+    CellRows k = tiles.k();
+    product_rows<Cells>(k.at, k.ld, q, kM, count, cells, scores, kM, false);
     vf top[kVecs];
     for (int v = 0; v < kVecs; ++v) top[v] = zero();
     apply_options(p, s, lanes, n0, count, sight, modified, scores, pairs, top, nullptr);

@@ -72,7 +72,7 @@ FASTATTN_INLINE void block_product(const float* a, int64_t row, int64_t col, con
   if constexpr (std::is_same_v<std::decay_t<Side>, NoSide>) {
     steps(all, count);
   } else {
-    static_assert(kVecs == 2);
+    static_assert(kVecs == 2 && !std::is_void_v<Side>, "pieces for two vectors of lanes");
     auto beside = [&](auto vector) __attribute__((always_inline)) {
       int64_t n = count < side.every ? count : side.every;
       steps(all, n);
@@ -114,6 +114,12 @@ static void product_rows(const float* a, int64_t lda, const float* b, int64_t ld
       block_product<Cells>(a, lda, 1, b, ldb, count, [&](int i, int v, vf x) { store(c + i * ldc + v * VL, x); });
   }
 }
+
+// A tile that is read by rows, `ld` cells apart.
+struct CellRows {
+  const float* at;
+  int64_t ld;
+};
 
 // A tile that is read by columns: kRows neighbours at a time, `col` cells from one step of the product to the next and `group`
 // from kRows columns to the next kRows.

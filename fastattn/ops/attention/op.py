@@ -25,7 +25,7 @@ from fastattn.ops.attention.spec import AttentionSpec, check_attention
 
 Tensor = torch.Tensor
 _num_threads = torch.get_num_threads
-_LARGE = 4 << 20  # elements; `_alloc` decides by bytes
+_LARGE = 1 << 20  # elements; `_alloc` decides by bytes
 
 
 _OPTIONS = "int? left, int? right, bool upper_left, float? scale, float? softcap"
