@@ -29,6 +29,7 @@ struct Backward {
   int64_t cells, cells_v, groups, lanes_d, lanes_v;
   float c;
   bool modified;
+  bool k_by_columns;
   bool around;  // gradients are written around the cache
   // Packed keys of the chunk, per tile of kBlockN: cells by rows, K also by groups; and the accumulators.
   float *k_cells, *k_groups, *v_cells, *dk, *dv;
@@ -191,6 +192,7 @@ struct Backward {
     const float* v_in_place = in_place(s, p.v, p.v_stride, p.headdim_v, begin, keys);
     k_read = k_in_place != nullptr ? k_in_place : k_cells;
     v_read = v_in_place != nullptr ? v_in_place : v_cells;
+    k_by_columns = sizeof(T) == 4 && k_in_place != nullptr && p.headdim % VL == 0;
     for (int64_t t = 0; t * kBlockN < keys; ++t) {
       int64_t first = t * kBlockN, count = min64(kBlockN, keys - first), padded = round_up(count, kRows);
       int64_t group_ld = padded / Cells::kPerCell * kRows;
@@ -205,6 +207,13 @@ struct Backward {
           __builtin_memset(kc, 0, cells * sizeof(float));
           __builtin_memset(vc, 0, cells_v * sizeof(float));
         }
+      }
+      if (k_by_columns) {
+        for (int64_t n = 0; n < count; ++n)
+          for (int64_t d = 0; d + VL <= p.headdim; d += VL)
+            bad |= not_finite(as_int(load(k_in_place + (first + n) * p.headdim + d)));
+        k_not_finite[t] = any(bad);
+        if (!k_not_finite[t]) continue;
       }
       for (int64_t n = 0; n < padded; n += Cells::kPerCell) {
         const T* a = n < count ? key_row<T>(p, s, p.k, p.k_stride, begin + first + n) : nullptr;
@@ -496,6 +505,7 @@ struct Backward {
     const float* k_tile = k_groups + tile_begin / kPer * groups * kRows + seen.at / kPer * kRows;
     const float* ds = ds_pairs + (kPer == 2 ? index * (kBlockN * kM / 2) : index * kM) + seen.at / kPer * ld;
     Columns columns{k_tile, group_ld, kRows};
+    if (k_by_columns && !k_not_finite) columns = {k_read + (tile_begin + seen.at) * cells, kRows, cells};
     if (__builtin_expect(k_not_finite, 0)) {
       for (int64_t i = 0; i < steps; ++i) __builtin_memcpy(dp + i * kM, ds + i * ld, kM * sizeof(float));
       careful_product<Cells>(columns, dp, groups, steps, b.dq_lanes, b.started);
