@@ -13,7 +13,6 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kBlockN = 128;
 constexpr int64_t kMaxMicros = 8;     // BLOCK_M = up to kMaxMicros * kM queries per task
 constexpr int64_t kManyTasks = 64;    // of the longest: they keep the threads of most machines busy
 constexpr float kLazyRescale = 8.0f;  // rescale o only when the maximum grew by more than 2^8: P stays far from overflow
@@ -25,7 +24,7 @@ struct Forward {
   static constexpr bool kScaledQueries = Cells::kPerCell == 1;  // floats take the scale when they are packed
 
   const AttentionParams& p;
-  int64_t cells, groups, micros;
+  int64_t cells, groups, micros, block_n;
   bool around_cache;  // store o so
   float c;            // score of the product to log2 units
   bool modified;
@@ -36,16 +35,22 @@ struct Forward {
   KeySpan seen;           // what the mask leaves of the tile at hand
   int64_t step_rows = 0;  // rows to fetch per register block of the first product
 
+  // BLOCK_N. Pairs of bf16 leave room in the cache for longer tiles, which share what a tile costs; their sums round less than P.
+  static int64_t keys_per_tile(const AttentionParams& p) {
+    return Cells::kPerCell == 2 && p.headdim <= 64 && p.headdim_v <= 64 ? 256 : 128;
+  }
+
   static int64_t scratch_floats(const AttentionParams& p, int64_t micros) {
     int64_t cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell, cols = round_up(p.headdim_v, kRows);
     bool options = p.mask != nullptr || p.bias != nullptr || p.dropout;
-    return micros * kM * (cells + cols) + kBlockN * (kM * (options ? 6 : 3) + cells + cols) + 1024;
+    return micros * kM * (cells + cols) + keys_per_tile(p) * (kM * (options ? 6 : 3) + cells + cols) + 1024;
   }
 
   Forward(const AttentionParams& params, int64_t micros_, bool around_cache_)
       : p(params), micros(micros_), around_cache(around_cache_) {
     cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell;
     groups = round_up(p.headdim_v, kRows) / kRows;
+    block_n = keys_per_tile(p);
     modified = is_modified(p);
     c = kScaledQueries ? 1.0f : modified ? kLog2e : p.scale * kLog2e;
     float* at = static_cast<float*>(thread_scratch(scratch_floats(p, micros) * 4));
@@ -56,14 +61,14 @@ struct Forward {
     };
     qt = take(micros * kM * cells);
     ot = take(micros * kM * groups * kRows);
-    scores = take(kBlockN * kM);
-    for (float*& probs : tiles_of_probs) probs = kBeside ? take(kBlockN * kM / Cells::kPerCell) : scores;
-    k_tile = take(kBlockN * cells);
-    v_tile = take(kBlockN * groups * kRows);
+    scores = take(block_n * kM);
+    for (float*& probs : tiles_of_probs) probs = kBeside ? take(block_n * kM / Cells::kPerCell) : scores;
+    k_tile = take(block_n * cells);
+    v_tile = take(block_n * groups * kRows);
     bool options = p.mask != nullptr || p.bias != nullptr || p.dropout;
-    pairs.mask = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
-    pairs.bias = options ? reinterpret_cast<int32_t*>(take(kBlockN * kM)) : nullptr;
-    keep = options ? take(kBlockN * kM) : nullptr;
+    pairs.mask = options ? reinterpret_cast<int32_t*>(take(block_n * kM)) : nullptr;
+    pairs.bias = options ? reinterpret_cast<int32_t*>(take(block_n * kM)) : nullptr;
+    keep = options ? take(block_n * kM) : nullptr;
   }
 
   struct Row {  // running statistics of one block of kM queries
@@ -186,9 +191,9 @@ struct Forward {
     }
     int64_t end = rows[count - 1].lanes.end;
     KeyTiles<T, Cells> tiles(p, s, cells, groups, k_tile, v_tile);
-    for (int64_t n0 = rows[0].lanes.begin / kRows * kRows; n0 < end; n0 += kBlockN) {
-      tiles.start(n0, min64(kBlockN, end - n0));
-      look_ahead(s, m_begin, n0 + kBlockN, end, count, next);
+    for (int64_t n0 = rows[0].lanes.begin / kRows * kRows; n0 < end; n0 += block_n) {
+      tiles.start(n0, min64(block_n, end - n0));
+      look_ahead(s, m_begin, tiles.count, n0 + block_n, end, count, next);
       seen = mask_span(p, s, tiles.n0, tiles.count);
       for (int64_t i = 0; i < count; ++i) micro(s, rows[i], i, tiles);
     }
@@ -201,11 +206,12 @@ struct Forward {
     return static_cast<T*>(p.o) + s.b * p.o_stride[0] + (s.q_start + m) * p.o_stride[1] + s.h * p.o_stride[2];
   }
 
-  // What comes after this tile: the next one of this task, or its results and the first tile and queries of the next task.
-  void look_ahead(const Head& s, int64_t m_begin, int64_t n0, int64_t end, int64_t blocks, const Task* next) {
+  // What comes after this tile of `now` keys: the next one of this task, or its results and the first tile and queries of the next
+  // task.
+  void look_ahead(const Head& s, int64_t m_begin, int64_t now, int64_t n0, int64_t end, int64_t blocks, const Task* next) {
     k_ahead = v_ahead = q_ahead = o_ahead = Ahead{};
     if (p.block_table != nullptr) return;
-    int64_t keys = min64(kBlockN, end - n0);
+    int64_t keys = min64(block_n, end - n0);
     if (keys > 0) {
       set_ahead(s, n0, keys);
     } else if (!around_cache) {
@@ -215,9 +221,9 @@ struct Forward {
       Head t = head_of(p, next->b, next->h);
       int64_t first = min64(t.sk, first_key(p, t, next->m)), rows = min64(micros * kM, t.sq - next->m);
       q_ahead = ahead(q_row<T>(p, t, next->m), p.q_stride[1], p.headdim, rows);
-      if (t.hk != s.hk || t.b != s.b) set_ahead(t, first, min64(kBlockN, t.sk - first));
+      if (t.hk != s.hk || t.b != s.b) set_ahead(t, first, min64(block_n, t.sk - first));
     }
-    int64_t steps = blocks * (kBlockN / kRows);
+    int64_t steps = max64(1, blocks * (now / kRows));
     step_rows = (max64(k_ahead.rows, max64(q_ahead.rows, o_ahead.rows)) + steps - 1) / steps;
   }
   void set_ahead(const Head& s, int64_t n0, int64_t keys) {
@@ -268,7 +274,7 @@ struct Forward {
       v_ahead.fetch(step_rows);
       q_ahead.fetch(step_rows);
       o_ahead.fetch(step_rows);
-      bias_ahead.fetch(kM * kRows / kBlockN + 1);
+      bias_ahead.fetch(kM * kRows / count + 1);
       const float *a = k.at + n * k.ld + before, *b = q + before * kM;
       auto whole = [&](int i, int v, vf x) { return before > 0 ? x + load(to + i * kM + v * VL) : x; };
       auto keep_cut = [&](int i, int v, vf x) __attribute__((always_inline)) {
