@@ -1,7 +1,8 @@
 """Where an op's forward gets its outputs: torch.empty, or for large CPU tensors our bounded cache of huge pages.
 
 glibc gives blocks above 32 MB back to the system at every free, and smaller ones at the end of its heap, so that a fresh
-large output costs more in page faults than a memory-bound kernel needs in all. FASTATTN_HUGEPAGES=0 switches the cache off; csrc/hugepages.cpp has the bound.
+large output costs more in page faults than a memory-bound kernel needs in all. FASTATTN_HUGEPAGES=0 switches the cache
+off; csrc/hugepages.cpp has the bound.
 """
 
 from __future__ import annotations

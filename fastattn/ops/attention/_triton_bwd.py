@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastattn.ops.attention._triton_score import LOG2E, band, dot, dot_seen, load_rows, log2_score
+from fastattn.ops.attention._triton_score import LOG2E, band, dot, dot_seen, load_rows, score
 
 
 @triton.jit(do_not_specialize=["seqlen_q"])
@@ -54,13 +54,13 @@ def probabilities(
     distance = None
     if slope is not None:
         distance = tl.abs((m + diagonal - n).to(tl.float32))
-    s, t = log2_score(s, distance, slope, bias, scale, softcap, FOLD, EXACT)
-    if not FOLD:
-        p = tl.exp2(s - lse * LOG2E)
-    elif EXACT:  # the difference before the factor, as plain PyTorch has it: one rounding of large numbers less
-        p = tl.exp2((s * scale - lse) * LOG2E)
-    else:
+    s, t = score(s, distance, slope, bias, scale, softcap, FOLD, EXACT, 1.0 if EXACT else LOG2E)
+    if EXACT:  # the difference before the factor, as plain PyTorch has it: one rounding of large numbers less
+        p = tl.exp2(((s * scale if FOLD else s) - lse) * LOG2E)
+    elif FOLD:
         p = tl.exp2(s * (scale * LOG2E) - lse * LOG2E)
+    else:
+        p = tl.exp2(s - lse * LOG2E)
     visible = p
     if MASKED:
         visible = band(m, n, diagonal, left, right, seqlen_q, seqlen_k)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastattn.ops.attention._arguments import SMALLEST_SCALE
 from fastattn.ops.attention._triton_append import append
-from fastattn.ops.attention._triton_score import LN2, LOG2E, any_lost, band, dot, dot_seen, log2_score
+from fastattn.ops.attention._triton_score import LN2, LOG2E, any_lost, band, dot, dot_seen, score
 from fastattn.ops.attention.tuning import FEWEST_KEYS, split, splits
 from fastattn.ops.attention.tuning_decode import DecodeRow, row_of
 from fastattn.runtime import launch
@@ -77,7 +77,7 @@ def _tile(
     distance = None
     if slope is not None:
         distance = tl.abs((m[:, None] + diagonal - n[None, :]).to(tl.float32))
-    s, _ = log2_score(s, distance, slope, None, scale, softcap, FOLD, q_tile.dtype == tl.float32)
+    s, _ = score(s, distance, slope, None, scale, softcap, FOLD, q_tile.dtype == tl.float32)
     visible = band(m[:, None], n[None, :], diagonal, left, right, seqlen_q, hi)
     s = tl.where(visible, s, float("-inf"))
     factor = scale * LOG2E if FOLD else 1.0

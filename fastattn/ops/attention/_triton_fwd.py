@@ -19,7 +19,7 @@ from fastattn.ops.attention._triton_score import (
     key_range,
     load_pairs,
     load_rows,
-    log2_score,
+    score,
     seen_range,
     store_rows,
 )
@@ -64,7 +64,7 @@ def _tile(
     distance = None
     if slope is not None:
         distance = tl.abs((m0 + i + diagonal - n0 - j).to(tl.float32))
-    s, _ = log2_score(s, distance, slope, bias, scale, softcap, FOLD, q_tile.dtype == tl.float32)
+    s, _ = score(s, distance, slope, bias, scale, softcap, FOLD, q_tile.dtype == tl.float32)
     if MASKED:
         visible = band(m0 + i, n0 + j, diagonal, left, right, seqlen_q, seqlen_k)
         if seen is not None:
@@ -339,7 +339,7 @@ def attention_weights_kernel(
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + row * slopes_b + h)
         distance = tl.abs((m + diagonal - n).to(tl.float32))
-    s, _ = log2_score(s, distance, slope, bias, scale, softcap, False, q_tile.dtype == tl.float32)
+    s, _ = score(s, distance, slope, bias, scale, softcap, False, q_tile.dtype == tl.float32)
     rows = head.to(tl.int64) * seqlen_q + m
     lse = tl.load(lse_ptr + rows, mask=m < seqlen_q, other=0.0)
     p = tl.where(visible & (lse != float("-inf")), tl.exp2(s - lse * LOG2E), 0.0)

@@ -240,22 +240,25 @@ def tanh(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def log2_score(s, distance, slope, bias, scale, softcap, FOLD: tl.constexpr, EXACT: tl.constexpr):
-    """(the score in units of log 2, tanh of the softcap) of raw products s; with FOLD s itself.
+def score(
+    s, distance, slope, bias, scale, softcap, FOLD: tl.constexpr, EXACT: tl.constexpr, UNIT: tl.constexpr = LOG2E
+):
+    """(the score times UNIT, tanh of the softcap) of raw products s; with FOLD s itself.
 
     distance  |m + diagonal - n|, needed with slope (ALiBi)
+    UNIT      log2 e for exp2; 1 where a difference of large scores is taken first, so that less is rounded
     """
     t = s
     if not FOLD:
         if softcap is not None:
             t = tanh(s * (scale / softcap), EXACT)
-            s = t * (softcap * LOG2E)
+            s = t * (softcap * UNIT)
         else:
-            s = s * (scale * LOG2E)
+            s = s * (scale * UNIT)
         if slope is not None:
-            s = s - (slope * LOG2E) * distance
+            s = s - (slope * UNIT) * distance
         if bias is not None:
-            s = s + bias.to(tl.float32) * LOG2E
+            s = s + bias.to(tl.float32) * UNIT
     return s, t
 
 
