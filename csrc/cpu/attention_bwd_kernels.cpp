@@ -29,8 +29,8 @@ struct Backward {
   int64_t cells, cells_v, groups, lanes_d, lanes_v;
   float c;
   bool modified;
-  bool k_by_columns;
-  bool around;  // gradients are written around the cache
+  bool k_by_columns;  // dq's product reads tiles of K where they lie, but for those that hold inf or NaN
+  bool around;        // gradients are written around the cache
   // Packed keys of the chunk, per tile of kBlockN: cells by rows, K also by groups; and the accumulators.
   float *k_cells, *k_groups, *v_cells, *dk, *dv;
   const float *k_read, *v_read;   // the packed cells, or K and V where they lie

@@ -29,6 +29,7 @@ Plan make_plan(const AttentionBwdParams& p) {
   constexpr int64_t kPartialFloats = 128 << 20;
   most = min64(most, kPartialFloats / max64(1, p.nheads * query_rows(p) * p.headdim));
   bool keys_summed = p.dbias != nullptr && p.dbias_stride[3] == 0;
+  // Few heads are cut, so that eight threads have work. Not more: every chunk writes a dq of its own, which is read again.
   plan.chunks = tasks >= 8 || keys_summed ? 1 : max64(1, min64(most, (8 + tasks - 1) / tasks));
   plan.chunk_keys = round_up((p.seqlen_k + plan.chunks - 1) / plan.chunks, kBlockN);
   plan.chunks = max64(1, (p.seqlen_k + plan.chunk_keys - 1) / max64(1, plan.chunk_keys));

@@ -2,7 +2,7 @@
 // S^T formulation: lanes are queries, so q is packed once per task, k and v are broadcast in their own row order, the
 // softmax statistics are per lane without horizontal steps, and o is transposed back once. With AVX-512 the exponentials of
 // one tile run beside the product of the tile before it: they mostly use pipes that the product leaves idle.
-// Scratch per thread: q^T, o^T of the block, one K and one V tile, one score tile: L2 resident (0.3 MB at headdim 128).
+// Scratch per thread: q^T, o^T of the block, one K and one V tile, one score tile: L2 resident (0.4 MB at headdim 128).
 // Bound: multiply-adds, 4 * headdim FLOPs per visible pair. Dao, FlashAttention-2, arXiv:2307.08691.
 #include "attention_scores.h"
 #include "attention_tiles.h"
