@@ -249,15 +249,19 @@ def test_padding_may_hold_anything(backend: str, what: str, bad: float, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_poisoned_key_stays_behind_the_diagonal(backend: str, dtype: torch.dtype) -> None:
-    """A NaN key spoils the rows that see it and no other, in the same tile too."""
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("seqlen,headdim,first", [(40, 24, 30), (320, 64, 30), (320, 64, 290), (320, 16, 200)])
+def test_a_poisoned_key_stays_behind_the_diagonal(
+    backend: str, seqlen: int, headdim: int, first: int, layout: str, dtype: torch.dtype
+) -> None:
+    """A NaN key spoils the rows that see it and no other, in the same tile too; tiles without one are read where they lie."""
 
     def first_rows(run: Any, poison: float, into: torch.dtype) -> dict[str, torch.Tensor]:
-        tensors = {name: t.to(into) for name, t in qkv(40, 40, dtype=dtype).items()}
-        tensors["k"][:, 30], tensors["v"][:, 31] = poison, poison
+        tensors = {name: t.to(into) for name, t in qkv(seqlen, seqlen, headdim, layout=layout, dtype=dtype).items()}
+        tensors["k"][:, first], tensors["v"][:, first + 1] = poison, poison
         found = law.run(run, tensors, {"causal": True}, ("q",), ("o",), 0)
-        assert found["o"][:, 30:].isnan().all() == math.isnan(poison)
-        return {name: t[:, :30] for name, t in found.items()}
+        assert found["o"][:, first:].isnan().all() == math.isnan(poison)
+        return {name: t[:, :first] for name, t in found.items()}
 
     got = first_rows(forced(attention, backend), math.nan, dtype)
     plain, truth = (first_rows(reference.attention, 0.0, d) for d in (dtype, torch.float64))

@@ -6,7 +6,7 @@
 // for reading and writing dv and dk. In cells of bf16 pairs the exponentials run beside dP's product. The partition depends on
 // shapes only, so results do not depend on the thread count. Scratch: 5 * chunk * headdim floats. Bound: multiply-adds, 10 *
 // headdim FLOPs per visible pair. Dao, FlashAttention-2, arXiv:2307.08691, Algorithm 2.
-#include "attention_bwd_plan.h"
+#include "attention_bwd_keys.h"
 #include "kernels.h"
 
 namespace fastattn {
@@ -29,12 +29,10 @@ struct Backward {
   int64_t cells, cells_v, groups, lanes_d, lanes_v;
   float c;
   bool modified;
-  bool k_by_columns;  // dq's product reads tiles of K where they lie, but for those that hold inf or NaN
-  bool around;        // gradients are written around the cache
-  // Packed keys of the chunk, per tile of kBlockN: cells by rows, K also by groups; and the accumulators.
-  float *k_cells, *k_groups, *v_cells, *dk, *dv;
-  const float *k_read, *v_read;   // the packed cells, or K and V where they lie
-  uint8_t *k_not_finite, *begun;  // per tile; begun: dk and dv hold sums, else nothing yet
+  bool around;  // gradients are written around the cache
+  ChunkKeys<T, Cells> chunk_keys;
+  float *dk, *dv;  // of the chunk
+  uint8_t* begun;  // per tile: dk and dv hold sums, else nothing yet
   // Blocks of kM queries.
   struct Queries {
     Lanes lanes;
@@ -57,12 +55,9 @@ struct Backward {
   void layout(Take&& take) {
     int64_t keys = plan.chunk_keys;
     bool options = p.mask != nullptr || p.dropout || modified;
-    k_cells = take(keys * cells);
-    k_groups = take(keys / Cells::kPerCell * groups * kRows);
-    v_cells = take(keys * cells_v);
+    chunk_keys.layout(take, keys);
     dk = take(keys * lanes_d);
     dv = take(keys * lanes_v);
-    k_not_finite = reinterpret_cast<uint8_t*>(take(keys / kBlockN / 4 + 1));
     begun = reinterpret_cast<uint8_t*>(take(keys / kBlockN / 4 + 1));
     for (Queries& queries : block) {
       queries.q_lanes = take(cells * kM);
@@ -87,7 +82,8 @@ struct Backward {
     slope = options ? take(kBlockN * kM) : nullptr;
   }
 
-  Backward(const AttentionBwdParams& params, const Plan& pl, float* partial) : p(params), plan(pl), dq_partial(partial) {
+  Backward(const AttentionBwdParams& params, const Plan& pl, float* partial)
+      : p(params), plan(pl), dq_partial(partial), chunk_keys(params) {
     cells = round_up(p.headdim, Cells::kPerCell) / Cells::kPerCell;
     cells_v = round_up(p.headdim_v, Cells::kPerCell) / Cells::kPerCell;
     groups = round_up(p.headdim, kRows) / kRows;
@@ -124,7 +120,7 @@ struct Backward {
     int64_t group_size = p.nheads / p.nheads_k;
     Head s = head_of(p, b, hk * group_size);
     int64_t begin = chunk * plan.chunk_keys, keys = max64(0, min64(plan.chunk_keys, s.sk - begin));
-    pack_keys(s, begin, keys);
+    chunk_keys.pack(s, begin, keys);
     __builtin_memset(begun, 0, keys / kBlockN + 1);
     for (int64_t g = 0; g < group_size; ++g) {
       s = head_of(p, b, hk * group_size + g);
@@ -177,54 +173,6 @@ struct Backward {
       c.fetch(left);
       left -= c.done - before;
       if (c.done >= c.rows) ++stream;
-    }
-  }
-
-  // The rows of K or V themselves, where they are cells already, one after the other; else null.
-  const float* in_place(const Head& s, const void* base, const int64_t (&stride)[3], int64_t cols, int64_t begin, int64_t keys) {
-    bool cells_already = sizeof(T) * Cells::kPerCell == sizeof(float) && cols % Cells::kPerCell == 0;
-    if (!cells_already || stride[1] != cols || keys % kRows != 0) return nullptr;
-    return reinterpret_cast<const float*>(key_row<T>(p, s, base, stride, begin));
-  }
-
-  void pack_keys(const Head& s, int64_t begin, int64_t keys) {
-    const float* k_in_place = in_place(s, p.k, p.k_stride, p.headdim, begin, keys);
-    const float* v_in_place = in_place(s, p.v, p.v_stride, p.headdim_v, begin, keys);
-    k_read = k_in_place != nullptr ? k_in_place : k_cells;
-    v_read = v_in_place != nullptr ? v_in_place : v_cells;
-    k_by_columns = sizeof(T) == 4 && k_in_place != nullptr && p.headdim % VL == 0;
-    for (int64_t t = 0; t * kBlockN < keys; ++t) {
-      int64_t first = t * kBlockN, count = min64(kBlockN, keys - first), padded = round_up(count, kRows);
-      int64_t group_ld = padded / Cells::kPerCell * kRows;
-      float* groups_of_tile = k_groups + first / Cells::kPerCell * groups * kRows;
-      vi bad = splat_i(0);
-      for (int64_t n = 0; n < padded; ++n) {
-        float *kc = k_cells + (first + n) * cells, *vc = v_cells + (first + n) * cells_v;
-        if (n < count) {
-          if (k_in_place == nullptr) copy_row<Cells>(key_row<T>(p, s, p.k, p.k_stride, begin + first + n), p.headdim, kc);
-          if (v_in_place == nullptr) copy_row<Cells>(key_row<T>(p, s, p.v, p.v_stride, begin + first + n), p.headdim_v, vc);
-        } else {
-          __builtin_memset(kc, 0, cells * sizeof(float));
-          __builtin_memset(vc, 0, cells_v * sizeof(float));
-        }
-      }
-      if (k_by_columns) {
-        for (int64_t n = 0; n < count; ++n)
-          for (int64_t d = 0; d + VL <= p.headdim; d += VL)
-            bad |= not_finite(as_int(load(k_in_place + (first + n) * p.headdim + d)));
-        k_not_finite[t] = any(bad);
-        if (!k_not_finite[t]) continue;
-      }
-      for (int64_t n = 0; n < padded; n += Cells::kPerCell) {
-        const T* a = n < count ? key_row<T>(p, s, p.k, p.k_stride, begin + first + n) : nullptr;
-        const T* next = n + 1 < count ? key_row<T>(p, s, p.k, p.k_stride, begin + first + n + 1) : nullptr;
-        int64_t k = n / Cells::kPerCell;
-        if (a != nullptr)
-          bad |= group_rows<Cells>(a, next, p.headdim, k, group_ld, groups_of_tile);
-        else
-          for (int64_t g = 0; g < groups; ++g) __builtin_memset(groups_of_tile + g * group_ld + k * kRows, 0, kRows * 4);
-      }
-      k_not_finite[t] = any(bad);
     }
   }
 
@@ -299,7 +247,7 @@ struct Backward {
       simple_gradients(seen, blocks, n0, tile_begin);
     else
       for (int i = 0; i < blocks; ++i) gradients_with_options(s, i, seen[i], n0, tile_begin);
-    for (int i = 0; i < blocks; ++i) add_to_queries(i, seen[i], tile_begin, tile_count, k_not_finite[t]);
+    for (int i = 0; i < blocks; ++i) add_to_queries(i, seen[i], tile_begin, tile_count);
     add_to_keys(seen, blocks, tile_begin, tile_count, t);
   }
 
@@ -333,15 +281,15 @@ struct Backward {
         if (!seen[i].row(n)) continue;
         fetch();
         bool banded = n < full_begin[i] || n + kRows > full_end[i];
-        scores_of_keys(block[i], k_read + (tile_begin + n) * cells, n, banded ? &band[i] : nullptr);
+        scores_of_keys(block[i], chunk_keys.k(tile_begin + n), n, banded ? &band[i] : nullptr);
       }
       for (int i = 0; i < blocks; ++i) {
         if (!seen[i].row(n)) continue;
         fetch();
         if (n < full_begin[i] || n + kRows > full_end[i] || block[i].lanes.rows < kM)
-          gradients_of_keys<true>(i, v_read + (tile_begin + n) * cells_v, n);
+          gradients_of_keys<true>(i, chunk_keys.v(tile_begin + n), n);
         else
-          gradients_of_keys<false>(i, v_read + (tile_begin + n) * cells_v, n);
+          gradients_of_keys<false>(i, chunk_keys.v(tile_begin + n), n);
       }
     }
   }
@@ -451,12 +399,12 @@ struct Backward {
     const Lanes& lanes = b.lanes;
     int64_t n0 = tile_n0 + seen.at, count = seen.count, at = tile_begin + seen.at;
     fetch(count / kRows);
-    product_rows<Cells>(k_read + at * cells, cells, b.q_lanes, kM, count, cells, scores, kM, false);
+    product_rows<Cells>(chunk_keys.k(at), cells, b.q_lanes, kM, count, cells, scores, kM, false);
     vf top[kVecs];
     for (int v = 0; v < kVecs; ++v) top[v] = zero();
     apply_options(p, s, lanes, n0, count, seen.sight, modified, scores, pairs, top, p.softcap > 0.0f ? slope : nullptr);
     fetch(count / kRows);
-    product_rows<Cells>(v_read + at * cells_v, cells_v, b.do_lanes, kM, count, cells_v, dp, kM, false);
+    product_rows<Cells>(chunk_keys.v(at), cells_v, b.do_lanes, kM, count, cells_v, dp, kM, false);
     if (p.dropout) apply_dropout(p, s, lanes.m0, n0, count, keep);
     bool changes = p.dbias != nullptr || p.softcap > 0.0f;  // dS is not done yet
     for (int64_t n = 0; n < count; n += 2) {
@@ -497,16 +445,14 @@ struct Backward {
   }
 
   // dq^T += K^T dS of a block of queries.
-  void add_to_queries(int index, const Seen& seen, int64_t tile_begin, int64_t tile_count, bool k_not_finite) {
+  void add_to_queries(int index, const Seen& seen, int64_t tile_begin, int64_t tile_count) {
     if (seen.count == 0) return;
     Queries& b = block[index];
     constexpr int64_t kPer = Cells::kPerCell, ld = kPer == 2 ? kM : kPackedRowCells;
-    int64_t group_ld = round_up(tile_count, kRows) / kPer * kRows, steps = seen.count / kPer;
-    const float* k_tile = k_groups + tile_begin / kPer * groups * kRows + seen.at / kPer * kRows;
+    int64_t steps = seen.count / kPer;
     const float* ds = ds_pairs + (kPer == 2 ? index * (kBlockN * kM / 2) : index * kM) + seen.at / kPer * ld;
-    Columns columns{k_tile, group_ld, kRows};
-    if (k_by_columns && !k_not_finite) columns = {k_read + (tile_begin + seen.at) * cells, kRows, cells};
-    if (__builtin_expect(k_not_finite, 0)) {
+    Columns columns = chunk_keys.columns(tile_begin, tile_count, seen.at);
+    if (__builtin_expect(chunk_keys.k_not_finite[tile_begin / kBlockN], 0)) {
       for (int64_t i = 0; i < steps; ++i) __builtin_memcpy(dp + i * kM, ds + i * ld, kM * sizeof(float));
       careful_product<Cells>(columns, dp, groups, steps, b.dq_lanes, b.started);
     } else {

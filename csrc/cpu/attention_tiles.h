@@ -54,7 +54,7 @@ struct KeyTiles {
     bool whole_groups = p.headdim_v % kRows == 0 && count % kRows == 0 && p.block_table == nullptr;
     if (sizeof(T) == sizeof(float) && close && whole_groups) {
       const float* rows = reinterpret_cast<const float*>(key_row<T>(p, s, p.v, p.v_stride, n0));
-      v_not_finite = any_not_finite(rows);
+      v_not_finite = any_not_finite(rows, p.v_stride[1], count, p.headdim_v);
       if (!v_not_finite) return v_ready = {rows, kRows, p.v_stride[1]};
     }
     return v_ready = packed_v();
@@ -62,14 +62,6 @@ struct KeyTiles {
 
  private:
   static constexpr int64_t kCloseCells = 256;
-
-  bool any_not_finite(const float* rows) const {
-    vi bad = splat_i(0);
-    for (int64_t n = 0; n < count; ++n, rows += p.v_stride[1])
-      for (int64_t d = 0; d < p.headdim_v; d += VL)
-        bad |= not_finite(as_int(d + VL <= p.headdim_v ? load(rows + d) : load_n(rows + d, p.headdim_v - d)));
-    return any(bad);
-  }
 
   Columns packed_v() {
     int64_t padded = round_up(count, kRows), group = padded / Cells::kPerCell * kRows;

@@ -171,6 +171,14 @@ FASTATTN_INLINE void lanes_to_rows(const float* from, const float* factor, int64
 
 FASTATTN_INLINE vi not_finite(vi float_bits) { return (vi)((float_bits & 0x7f800000) == 0x7f800000); }
 
+// Does one of `count` rows hold inf or NaN?
+FASTATTN_INLINE bool any_not_finite(const float* rows, int64_t stride, int64_t count, int64_t cols) {
+  vi bad = splat_i(0);
+  for (int64_t n = 0; n < count; ++n, rows += stride)
+    for (int64_t d = 0; d < cols; d += VL) bad |= not_finite(as_int(d + VL <= cols ? load(rows + d) : load_n(rows + d, cols - d)));
+  return any(bad);
+}
+
 // One row as cells [cells], zero padded; returns lanes set where an element is inf or NaN.
 template <class Cells, class T>
 FASTATTN_INLINE vi copy_row(const T* row, int64_t cols, float* to) {

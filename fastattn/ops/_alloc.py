@@ -1,4 +1,4 @@
-"""Where an op's forward gets its outputs: torch.empty, or for large CPU tensors our bounded cache of huge pages.
+"""Where an op gets its outputs, gradients too: torch.empty, or for large CPU tensors our bounded cache of huge pages.
 
 glibc gives blocks above 32 MB back to the system at every free, and smaller ones at the end of its heap, so that a fresh
 large output costs more in page faults than a memory-bound kernel needs in all. FASTATTN_HUGEPAGES=0 switches the cache
@@ -14,7 +14,7 @@ import torch
 
 from fastattn.runtime import native
 
-THRESHOLD = 4 << 20
+THRESHOLD = 4 << 20  # csrc/tensor.h, kHugeTensorBytes
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 6}  # csrc/tensor.h, Dtype
 
 
