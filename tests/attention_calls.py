@@ -38,14 +38,14 @@ class Calls:
         dtype: torch.dtype | None = None,
         layout: str = "contiguous",
     ) -> Tensors:
-        kind: dict[str, Any] = {"dtype": dtype or self.dtype, "layout": layout}
+        kind: dict[str, Any] = {"dtype": dtype or self.dtype, "layout": layout, "device": DEVICE}
         seqlen_q = self.seqlen_q if seqlen_q is None else seqlen_q
         seqlen_k = self.seqlen_k if seqlen_k is None else seqlen_k
         headdim = headdim or self.headdim
         return {
-            "q": law.randn(batch, seqlen_q, nheads, headdim, **kind, seed=1).to(DEVICE),
-            "k": law.randn(batch, seqlen_k, nheads_k, headdim, **kind, seed=2).to(DEVICE),
-            "v": law.randn(batch, seqlen_k, nheads_k, headdim_v or headdim, **kind, seed=3).to(DEVICE),
+            "q": law.randn(batch, seqlen_q, nheads, headdim, **kind, seed=1),
+            "k": law.randn(batch, seqlen_k, nheads_k, headdim, **kind, seed=2),
+            "v": law.randn(batch, seqlen_k, nheads_k, headdim_v or headdim, **kind, seed=3),
         }
 
     def mask(self) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis.internal.conjecture import providers
+from torch.utils._device import _device_constructors
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -43,6 +44,9 @@ _LONGEST = ("test_sanitize.py", "test_packaging.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What compiles for minutes goes first: no process is to wait for it at the end."""
     items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
+_device_constructors()  # remembers what `with torch.device` moves: torch's own torch.empty, before ours takes its place
 
 
 def _poisoned(create: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -48,10 +48,10 @@ def qkv(
     layout: str = "contiguous",
     seed: int = 0,
 ) -> Tensors:
-    kind: dict[str, Any] = {"dtype": dtype, "layout": layout}
+    kind: dict[str, Any] = {"dtype": dtype, "layout": layout, "device": DEVICE}
     sizes = (("q", seqlen_q, nheads, headdim), ("k", seqlen_k, nheads_k, headdim), ("v", seqlen_k, nheads_k, headdim_v))
     return {
-        name: law.randn(batch, seqlen, heads, width or headdim, **kind, seed=seed + i).to(DEVICE)
+        name: law.randn(batch, seqlen, heads, width or headdim, **kind, seed=seed + i)
         for i, (name, seqlen, heads, width) in enumerate(sizes)
     }
 

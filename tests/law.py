@@ -84,20 +84,26 @@ def _double(name: str, t: torch.Tensor) -> torch.Tensor:
     return t.double() if t.is_floating_point() and name not in _KEEP_DTYPE else t
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous", seed: int = 0) -> torch.Tensor:
-    """Normal numbers, the same for every layout.
+def randn(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Normal numbers, the same for every layout and device (by default torch's). `.to` would lose the layout.
 
     contiguous; transposed: dimensions 1 and 2 swapped in memory (a bshd view of bhsd); sliced: every second row of a
     wider tensor, shifted by an odd number of elements; expanded: the first dimension repeats one entry with stride 0.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
-    x = torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device(), dtype)
+    x = torch.randn(shape, generator=generator, device="cpu").to(device or torch.get_default_device(), dtype)
     if layout == "contiguous":
         return x
     if layout == "transposed":
         return x.transpose(-3, -2).contiguous().transpose(-3, -2)
     if layout == "sliced":
-        wide = torch.full((*shape[:-3], 2 * shape[-3], shape[-2], shape[-1] + 5), float("nan"), dtype=dtype)
+        wide = x.new_full((*shape[:-3], 2 * shape[-3], shape[-2], shape[-1] + 5), float("nan"))
         view = wide[..., ::2, :, 3 : 3 + shape[-1]]
         view.copy_(x)
         return view

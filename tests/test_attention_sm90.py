@@ -192,7 +192,7 @@ def test_clusters_hold_the_law(name, nheads_k, launched, monkeypatch):
 def test_packed_sequences_and_counters_do_not_share_keys():
     shared = row("overlap lazy multicast")
     assert shared.fits() and not shared._replace(ways=shared.ways | {"dynamic"}).fits()
-    tensors = [torch.empty(256, 2, 64, dtype=torch.bfloat16) for _ in range(3)]
+    tensors = [torch.empty(256, 2, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
     with cuda.recording(90) as recorded:
         fastattn.attention(*tensors, cu_seqlens_q=packed(100, 156), backend="cuda")
     assert recorded.launches[0].kernel.cluster == 1 and "kDynamic" in recorded.launches[0].kernel.constants[-2]
