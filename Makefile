@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA_VENV := .venv-cuda
 SOURCES := setup.py pyproject.toml $(shell find csrc -path csrc/cuda -prune -o \( -name '*.cpp' -o -name '*.h' \) -print)
 
-.PHONY: demo test test-quick lint format bench sanitize aot audit docs wheel clean
+.PHONY: demo test test-quick lint format bench sanitize aot audit rehearsal docs wheel clean
 
 # Two processes, because most tests are one thread of Python; waiting threads sleep, because two times two are too many.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist worksteal
@@ -48,6 +49,14 @@ aot: $(VENV)/test
 audit: $(VENV)/test
 	$(BIN)/python tests/cuda_audit.py --all --quiet
 
+# What a GPU would be asked to do (benchmarks/gpu_queue.sh), on torch's CUDA build and GPUs that are the memory of the host:
+# tests/cuda_rehearsal/README.md. Downloads 3 GB the first time.
+PARTS ?= test verify
+rehearsal: $(CUDA_VENV)/ready
+	$(CUDA_VENV)/bin/python tests/cuda_rehearsal $(CUDA_VENV)/rehearsal
+	FASTATTN_REHEARSAL=$(CUDA_VENV)/rehearsal PYTHONPATH=tests/cuda_rehearsal/site:tests LIMIT=7200 \
+	  PYTHON=$(CUDA_VENV)/bin/python benchmarks/gpu_queue.sh "$(PARTS)" $(CUDA_VENV)/out
+
 docs: $(VENV)/test
 	$(BIN)/fastattn doctor --matrix > docs/support-matrix.md
 	$(BIN)/fastattn hf-table > docs/hf-models.md
@@ -82,4 +91,11 @@ $(VENV)/demo: $(VENV)/native
 
 $(VENV)/lint: $(VENV)/native
 	$(BIN)/pip install -q -c constraints.txt 'fastattn[dev]'  # the extra's packages; fastattn itself stays as built
+	touch $@
+
+# Versions as on the GPUs that fastattn is measured on; no wheel of it is built here, its module is that of $(VENV).
+$(CUDA_VENV)/ready: $(VENV)/native tests/cuda_rehearsal/requirements.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	grep -Ev '^(torch|nvidia-cuda-nvrtc)==' constraints.txt > $(CUDA_VENV)/constraints.txt
+	$(CUDA_VENV)/bin/pip install -q -c $(CUDA_VENV)/constraints.txt -r tests/cuda_rehearsal/requirements.txt
 	touch $@
