@@ -8,6 +8,7 @@ everything else is its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def _wide(x: Any) -> np.ndarray:
     return x.data.astype(np.float32) if x.data.dtype == np.float16 else x.data
 
 
+@functools.cache
 def mend() -> None:
     """Patch the interpreter in this process."""
     builder = interpreter.InterpreterBuilder

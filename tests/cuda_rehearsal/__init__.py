@@ -55,8 +55,11 @@ def begin(folder: str) -> None:
     runtime, _ = (ctypes.CDLL(str(Path(folder).absolute() / name), mode=ctypes.RTLD_GLOBAL) for name in _STANDINS)
     graphs = Graphs(runtime)
 
+    import interpreter
+
     from . import host_ops
 
+    interpreter.mend()
     _kept.extend((graphs, host_ops.begin(graphs.recorded)))
     _execute(graphs)
 

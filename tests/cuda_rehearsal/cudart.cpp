@@ -3,6 +3,7 @@
 // While a stream is captured, what would go onto it is handed to the rehearsal instead, which runs it when the graph is launched.
 // Built against NVIDIA's cuda_runtime_api.h, so that every signature is the real one.
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 
 #include <atomic>
 #include <cstdio>
@@ -162,6 +163,12 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = kCudaVersion;
   return cudaSuccess;
 }
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  *function = dlsym(RTLD_DEFAULT, symbol);
+  if (found) *found = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
 cudaError_t cudaDeviceSynchronize() { return capture ? failed(cudaErrorStreamCaptureUnsupported) : cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
   *can = 0;
@@ -244,6 +251,7 @@ cudaError_t cudaMemset(void* dst, int value, size_t bytes) { return cudaMemsetAs
 
 cudaError_t cudaStreamCreate(cudaStream_t* out) { return handle(out); }
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* out, unsigned, int) { return handle(out); }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned) { return handle(out); }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -357,9 +365,12 @@ cudaError_t cudaLaunchCooperativeKernel(const void* function, dim3, dim3, void**
 
 // ---- what torch refers to and nothing here needs: declared by another name, since the header has their signatures
 
-#define UNSUPPORTED(name)              \
-  int unsupported_##name() asm(#name); \
-  int unsupported_##name() { return failed(cudaErrorNotSupported); }
+#define UNSUPPORTED(name)                                               \
+  int unsupported_##name() asm(#name);                                  \
+  int unsupported_##name() {                                            \
+    std::fputs("cuda_rehearsal: " #name " is not supported\n", stderr); \
+    return failed(cudaErrorNotSupported);                               \
+  }
 UNSUPPORTED(cudaIpcOpenMemHandle)
 UNSUPPORTED(cudaIpcOpenEventHandle)
 UNSUPPORTED(cudaIpcGetMemHandle)
@@ -368,7 +379,6 @@ UNSUPPORTED(cudaIpcCloseMemHandle)
 UNSUPPORTED(cudaHostRegister)
 UNSUPPORTED(cudaHostUnregister)
 UNSUPPORTED(cudaGetSymbolAddress)
-UNSUPPORTED(cudaGetDriverEntryPointByVersion)
 UNSUPPORTED(cudaDeviceEnablePeerAccess)
 UNSUPPORTED(cudaStreamAddCallback)
 UNSUPPORTED(cudaProfilerStart)
@@ -383,6 +393,19 @@ UNSUPPORTED(cudaMemPoolSetAccess)
 UNSUPPORTED(cudaDeviceGetDefaultMemPool)
 UNSUPPORTED(cudaGraphNodeGetDependencies)
 UNSUPPORTED(cudaGraphDebugDotPrint)
+UNSUPPORTED(cudaDeviceGetGraphMemAttribute)
+UNSUPPORTED(cudaDeviceSetGraphMemAttribute)
+UNSUPPORTED(cudaGraphAddNode)
+UNSUPPORTED(cudaGraphConditionalHandleCreate)
+UNSUPPORTED(cudaGraphRetainUserObject)
+UNSUPPORTED(cudaKernelSetAttributeForDevice)
+UNSUPPORTED(cudaLibraryGetKernel)
+UNSUPPORTED(cudaLibraryLoadData)
+UNSUPPORTED(cudaLibraryUnload)
+UNSUPPORTED(cudaStreamBeginCaptureToGraph)
+UNSUPPORTED(cudaStreamUpdateCaptureDependencies)
+UNSUPPORTED(cudaUserObjectCreate)
+UNSUPPORTED(cudaUserObjectRelease)
 UNSUPPORTED(cudaFuncSetAttribute)
 UNSUPPORTED(cudaFuncGetAttributes)
 }

@@ -18,6 +18,7 @@ CUresult cuCtxSetCurrent(CUcontext context) {
 #define UNSUPPORTED(name)              \
   int unsupported_##name() asm(#name); \
   int unsupported_##name() { return CUDA_ERROR_NOT_SUPPORTED; }
+UNSUPPORTED(cuCtxGetDevice)
 UNSUPPORTED(cuCtxGetLimit)
 UNSUPPORTED(cuCtxSetLimit)
 UNSUPPORTED(cuDeviceGetAttribute)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._decomp import decomposition_table
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 Tensor = torch.Tensor
@@ -18,6 +19,7 @@ Again = Callable[[], None]
 _TORCHS_OWN = ("flash_attention", "efficient_attention", "cudnn_attention", "_fused_sdp_choice", "_cudnn", "_cuda_")
 # Made of views, allocations and copies alone.
 _ALSO = ("aten::copy_",)  # one kernel for all devices, which launches on this one
+_CPU_KEYS = ("CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
 _NO_KERNEL = (
     "empty",
     "resize_",
@@ -39,7 +41,12 @@ def begin(captured: Callable[[], list[Again] | None]) -> torch.library.Library:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
         for op in _with_kernels():
-            library.impl(op.name().removeprefix("aten::"), functools.partial(_serve, op, captured), "CUDA")
+            name, cpu = op.name(), op
+            if not any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in _CPU_KEYS):
+                if op not in decomposition_table:
+                    continue
+                cpu = decomposition_table[op]
+            library.impl(name.removeprefix("aten::"), functools.partial(_serve, op, cpu, captured), "CUDA")
     return library
 
 
@@ -51,7 +58,9 @@ def on_host(t: Tensor) -> Tensor:
     memory = (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
     whole = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
     empty = torch.empty_strided((0,), (1,), dtype=t.dtype, device="cpu")
-    return empty.set_(whole, t.storage_offset(), t.shape, t.stride())
+    same = empty.set_(whole, t.storage_offset(), t.shape, t.stride())
+    same = same.conj() if t.is_conj() else same
+    return torch._neg_view(same) if t.is_neg() else same
 
 
 def _with_kernels() -> Iterator[Any]:
@@ -74,14 +83,14 @@ def _is_view(schema: Any) -> bool:
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
 
-def _serve(op: Any, captured: Callable[[], list[Again] | None], *args: Any, **kwargs: Any) -> Any:
+def _serve(op: Any, cpu: Any, captured: Callable[[], list[Again] | None], *args: Any, **kwargs: Any) -> Any:
     flat, form = tree_flatten((args, kwargs))
     device = next((x.device for x in flat if isinstance(x, Tensor) and x.is_cuda), torch.device("cuda"))
     hosts = [_argument(x) for x in flat]
     recorded = captured()
     # What is captured happens later: now only the sizes of the results are wanted.
     trial = [x.clone() if isinstance(x, Tensor) else x for x in hosts] if recorded is not None else hosts
-    result = _call(op, form, trial)
+    result = _call(op, cpu, form, trial)
     for given, used in zip(flat, trial, strict=True):  # out= of the wrong size
         if isinstance(given, Tensor) and isinstance(used, Tensor) and given.shape != used.shape:
             given.resize_(used.shape)
@@ -104,22 +113,23 @@ def _serve(op: Any, captured: Callable[[], list[Again] | None], *args: Any, **kw
             on_host(out).copy_(x)
     else:
         places = [on_host(out) for out, _ in fresh]
-        recorded.append(functools.partial(_again, op, form, hosts, places))
+        recorded.append(functools.partial(_again, op, cpu, form, hosts, places))
     return outputs
 
 
-def _again(op: Any, form: Any, hosts: list[Any], places: list[Tensor]) -> None:
+def _again(op: Any, cpu: Any, form: Any, hosts: list[Any], places: list[Tensor]) -> None:
     given = {id(x) for x in hosts}
-    results = [x for x in tree_flatten(_call(op, form, hosts))[0] if isinstance(x, Tensor) and id(x) not in given]
+    results = [x for x in tree_flatten(_call(op, cpu, form, hosts))[0] if isinstance(x, Tensor) and id(x) not in given]
     for place, x in zip(places, results, strict=True):
         place.copy_(x)
 
 
-def _call(op: Any, form: Any, flat: list[Any]) -> Any:
+def _call(op: Any, cpu: Any, form: Any, flat: list[Any]) -> Any:
+    """cpu: the operator itself, or what is to take its place."""
     args, kwargs = tree_unflatten(flat, form)
     declared = zip(args, op._schema.arguments, strict=False)
     scalars = any(isinstance(x, (int, float)) and isinstance(a.type, torch.TensorType) for x, a in declared)
-    return (op.overloadpacket if scalars else op)(*args, **kwargs)
+    return (op.overloadpacket if scalars else cpu)(*args, **kwargs)
 
 
 def _argument(x: Any) -> Any:
@@ -127,4 +137,4 @@ def _argument(x: Any) -> Any:
         return on_host(x) if x.is_cuda else x
     if isinstance(x, torch.device) and x.type == "cuda":
         return torch.device("cpu")
-    return None if isinstance(x, torch.Generator) else x
+    return None if isinstance(x, torch.Generator) and x.device.type == "cuda" else x
