@@ -111,7 +111,7 @@ run() {
   case $1 in
     build | quick | sanitize | verify) "$1" ;;
     test)
-      tests tests/test_gpu.py tests/test_cuda.py tests/test_launch.py tests/test_*_cuda*.py \
+      tests tests/test_gpu.py tests/test_gpu_benchmarks.py tests/test_cuda.py tests/test_launch.py tests/test_*_cuda*.py \
         tests/test_*_sm90.py tests/test_attention_triton*.py tests/test_layer_norm.py tests/test_rms_norm.py \
         tests/test_rope.py -k "triton or cuda or sm90 or launch or gpu" ;;
     warm) within "$(left)" "$python" -m fastattn warmup --headdim 64 128 256 --hidden 1024 4096 8192 ;;

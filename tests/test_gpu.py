@@ -196,6 +196,24 @@ def test_the_cuda_backward_under_a_sanitizer(options: dict[str, Any]) -> None:
             assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_tensors_decide_which_gpu_computes(backend: str) -> None:
+    """Also in the backward, whose threads are autograd's, and when another GPU is the current one."""
+    tensors = qkv(113, torch.bfloat16)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        leaves = {name: t.to(device).requires_grad_() for name, t in tensors.items()}
+        with fastattn.use_backend(backend), torch.cuda.device(1 - torch.device(device).index):
+            o = fastattn.attention(**leaves, causal=True)
+            gradients = torch.autograd.grad(o, list(leaves.values()), torch.ones_like(o))
+            norm = fastattn.rms_norm(leaves["q"], torch.ones(64, device=device))
+        outputs = [o, *gradients, norm]
+        assert all(t.device == torch.device(device) for t in outputs)
+        found.append([t.cpu() for t in outputs])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", ["attention", "attention_kvcache", "rms_norm", "layer_norm", "rope"])
 def test_compiled_code_gives_the_same_bits(name: str) -> None:
     call = _calls()[name]
