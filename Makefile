@@ -44,8 +44,8 @@ sanitize: $(VENV)/test
 aot: $(VENV)/test
 	$(BIN)/python tests/triton_aot.py --all --quiet
 
-# Every CUDA C++ kernel, compiled for sm_80, sm_90a, sm_100 and sm_120 (a sample of it is in `make test`). More than an hour
-# from nothing, then only what has changed; it may be stopped and goes on where it was.
+# Every CUDA C++ kernel, compiled for sm_80, sm_90a, sm_100 and sm_120. Half an hour from nothing, then only what has changed; it
+# may be stopped and goes on where it was. Commit tests/audited.json: `make test` compiles a sample, and holds the rest to it.
 audit: $(VENV)/test
 	$(BIN)/python tests/cuda_audit.py --all --quiet
 

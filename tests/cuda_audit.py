@@ -9,6 +9,9 @@ Exit code 1 when a kernel spills, does not fit, lacks an instruction that its ro
 (with --all) takes longer than it may. Without --all a sample; with it every head dim, dtype, mask and option that changes
 the code. What an earlier run has compiled is not compiled again while its sources and the compiler are the same
 (fastattn/runtime/audit.py), so a run that was stopped goes on where it was; --fresh compiles everything.
+
+A whole run, every room for every GPU, leaves its sums in tests/audited.json. They name what was audited, so that `make test`
+can tell in seconds whether each specialisation is still the one that was found clean (tests/test_cuda_audit.py).
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import hashlib
 import importlib
+import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -29,8 +35,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fastattn.runtime import audit, cuda, jit
+from fastattn.runtime import audit, cuda, jit, nvrtc, sources
 
+RECORD = Path(__file__).with_name("audited.json")
 ROOMS = tuple(sorted(p.stem.removeprefix("audit_") for p in Path(__file__).parent.glob("audit_*.py")))
 ARCHS = (80, 90, 100, 120)
 _PROGRESS = 15.0  # seconds between two reports
@@ -67,6 +74,22 @@ def distinct(room: str, arch: int, *, everything: bool) -> list[cuda.Kernel]:
 
 def room_of(name: str) -> ModuleType:
     return importlib.import_module(f"audit_{name}")
+
+
+def identity(kernels: list[cuda.Kernel]) -> str:
+    """Of the kernels and all code that they are made of. Comments and empty lines do not count."""
+    launched = [(k.file, str(k), k.threads, k.shared, k.cluster) for k in kernels]
+    code = {file: {name: _bare(name) for name in sources.closure(file)} for file in {k.file for k in kernels}}
+    return hashlib.sha256(json.dumps([sorted(launched), code, jit.OPTIONS], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _bare(name: str) -> str:
+    lines = (re.sub(r"\s*//.*", "", line).rstrip() for line in sources.read(name).splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def compiler() -> str:
+    return "NVRTC {}.{}".format(*nvrtc.library().version)
 
 
 def faults(case: Case) -> tuple[audit.Audited | None, list[str]]:
@@ -113,6 +136,24 @@ class Progress:
             )
 
 
+def _record(rows: list[tuple[Case, audit.Audited | None, list[str]]]) -> None:
+    """The sums of a whole run without faults."""
+    kernels, seconds = collections.defaultdict(list), collections.defaultdict(list)
+    for case, built, _ in rows:
+        kernels[case.room, case.arch].append(case.kernel)
+        seconds[case.room, case.arch].append(built.seconds if built else 0.0)
+    found = {
+        f"{room} sm_{arch}": {
+            "kernels": len(of),
+            "seconds": round(sum(seconds[room, arch])),
+            "slowest": round(max(seconds[room, arch]), 1),
+            "identity": identity(of),
+        }
+        for (room, arch), of in kernels.items()
+    }
+    RECORD.write_text(json.dumps({"compiler": compiler(), "audited": found}, indent=1) + "\n")
+
+
 def _table(rows: list[tuple[Case, audit.Audited | None, list[str]]]) -> Iterator[str]:
     rooms = collections.defaultdict(list)
     for case, built, wrong in rows:
@@ -146,6 +187,8 @@ def main() -> int:
                 print("   ", ", ".join(f"{n} {name}" for name, n in built.opcodes.most_common(16)), flush=True)
             progress.one_more()
     bad = sum(bool(wrong) for _, _, wrong in rows)
+    if options.all and not bad and not options.at_most and {*options.room} == {*ROOMS} and {*options.arch} == {*ARCHS}:
+        _record(rows)
     print(*_table(rows), f"{len(rows)} kernels audited, {bad} at fault", sep="\n")
     return 1 if bad else 0
 

@@ -1,9 +1,10 @@
-"""The CUDA C++ kernels compile for GPUs that are not here: a sample of tests/cuda_audit.py (`make audit` compiles all)."""
+"""The CUDA C++ kernels compile for GPUs that are not here: a sample is compiled, and `make audit` has compiled all as they are."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,27 @@ def test_kernels_fit_without_spilling(room, arch):
     built, faults = cuda_audit.faults(cuda_audit.Case(room, kernel, arch))
     print(built)
     assert not faults, f"{built}: {'; '.join(faults)}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", cuda_audit.ROOMS)
+def test_every_specialisation_is_the_one_that_was_audited(room):
+    """Without compiling: what a call may launch, and the code of it, are those of the last whole audit, which found no fault."""
+    record = json.loads(cuda_audit.RECORD.read_text())
+    if record["compiler"] != cuda_audit.compiler():
+        pytest.skip(f"audited with {record['compiler']}, here is {cuda_audit.compiler()}")
+    for arch in cuda_audit.ARCHS:
+        kernels, kept = cuda_audit.distinct(room, arch, everything=True), record["audited"].get(f"{room} sm_{arch}")
+        if not kernels:
+            assert kept is None
+            continue
+        assert kept, f"{room} on sm_{arch} was never audited as a whole: run make audit, and commit tests/audited.json"
+        print(
+            f"{room} sm_{arch}: {kept['kernels']} kernels, slowest {kept['slowest']} s of {audit.SECONDS:.0f} allowed"
+        )
+        assert kept["kernels"] == len(kernels) and kept["identity"] == cuda_audit.identity(kernels), (
+            f"{room} on sm_{arch} has changed since it was audited: run make audit, and commit tests/audited.json"
+        )
 
 
 @pytest.fixture
