@@ -30,8 +30,6 @@ def _served(
     dropout_p: float,
 ) -> tuple[Backend, AttentionSpec] | None:
     """None when torch's own kernel serves."""
-    if query.dim() != 4:
-        return None
     q, k, v = dense(query, key, value)
     spec = specify(q, k, v, bias, (None, 0 if is_causal else None, is_causal), scale, dropout_p)
     backend = None if spec is None else taker(op, spec)
