@@ -24,6 +24,7 @@ SAMPLE = {
 def _options(kind: str, dtype: torch.dtype, seqlen: int) -> dict[str, dict[str, Any]]:
     """Calls that a row of this kind serves; each compiles to code of its own."""
     pairs = (seqlen, seqlen)
+    kind = tuning.WIDER.get(kind, kind)
     if kind == "dense":
         return {"plain": {}, "sinks": {"sinks": torch.empty(NHEADS)}}
     if kind == "band":
@@ -41,7 +42,8 @@ def _options(kind: str, dtype: torch.dtype, seqlen: int) -> dict[str, dict[str, 
 def _headdims(row: tuning.Row) -> tuple[tuple[int, int], ...]:
     """(headdim, headdim_v) that the row serves: its own, one that is split in two, and where values are narrower."""
     found = {
-        63: ((40, 40), (32, 32)), 64: ((64, 64), (40, 40)), 128: ((128, 128), (80, 80)), 256: ((256, 256), (192, 128))
+        32: ((32, 32),), 63: ((40, 40), (32, 32)), 64: ((64, 64), (40, 40)), 96: ((80, 80),),
+        128: ((128, 128), (80, 80)), 192: ((192, 128),), 256: ((256, 256), (192, 128)), 512: ((512, 512),),
     }  # fmt: skip
     return found.get(row.headdim, ((512, 512), (576, 512)))
 

@@ -45,10 +45,11 @@ def _constants(spec: Any, tile: tuning.Tile, tail: bool, sides: tuple[bool, ...]
     names = ("MASK_ROWS", "MASK_COLS", "BIAS_ROWS", "BIAS_COLS")
     pairs = spec.mask or spec.bias  # then every tile is masked
     masked = tail or pairs or spec.packed or spec.left is not None or spec.right is not None
+    whole = not pairs and not (masked and tile.ONE_WALK)
     return {
         "GROUP": spec.nheads // spec.nheads_k, "HEADDIM": spec.headdim, "HEADDIM_V": spec.headdim_v,
-        "UPPER_LEFT": spec.upper_left, "FOLD": _folds(spec), "MASKED": masked, "WHOLE": not pairs,
-        **dict(zip(names, sides, strict=True)), "TF32": tf32,
+        "UPPER_LEFT": spec.upper_left, "FOLD": _folds(spec), "MASKED": masked, "WHOLE": whole,
+        "ANEW": tile.ANEW, **dict(zip(names, sides, strict=True)), "TF32": tf32,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "D": d, "D2": d2, "DV": dv, "DV2": dv2,
     }  # fmt: skip
 
@@ -244,7 +245,7 @@ def _bias_sums(
             *places[:12], *found.stride(), *places[12:], spec.nheads, spec.seqlen_q, spec.seqlen_k, blocks_m, blocks_n,
             inputs[4].shape[-1], sizes[0], sizes[1], spec.batch, *scores,
         ),
-        {name: value for name, value in constants.items() if name not in ("FOLD", "MASKED", "WHOLE")},
+        {name: value for name, value in constants.items() if name not in ("FOLD", "MASKED", "WHOLE", "ANEW")},
         num_warps=tile.num_warps,
         num_stages=1,
     )  # fmt: skip

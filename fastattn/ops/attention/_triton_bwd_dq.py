@@ -8,6 +8,7 @@ import triton.language as tl
 from fastattn.ops.attention._triton_bwd import (
     accumulate,
     before_softcap,
+    heads,
     load_block,
     probabilities,
     score_gradient,
@@ -22,6 +23,7 @@ from fastattn.ops.attention._triton_score import (
     key_range,
     load_pairs,
     seen_range,
+    still_zero,
     store_rows,
 )
 
@@ -34,7 +36,7 @@ def _dq_walk(
     MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr, MASKED: tl.constexpr,
-    SAFE: tl.constexpr,
+    SAFE: tl.constexpr, ANEW: tl.constexpr = False, zero=0,
 ):  # fmt: skip
     """`count` tiles of keys from `first` on; masked ones leave out the `jump` keys after tile `jump_at`."""
     i = tl.arange(0, BLOCK_M)[:, None]
@@ -43,14 +45,16 @@ def _dq_walk(
         n0 = first + step * BLOCK_N
         if MASKED:
             n0 += tl.where(step >= jump_at, jump, 0)
+            if ANEW:
+                zero = still_zero(zero, n0)
         seen = None
         if mask_ptr is not None:
             seen = load_pairs(mask_ptr, mask_m, mask_n, m0, n0, i, j, seqlen_q, seqlen_k, MASK_ROWS, MASK_COLS, True)
             seen = seen != 0
-        k_tile, k2_tile = load_block(k_ptr, k_n, n0, seqlen_k, BLOCK_N, D, D2, HEADDIM, MASKED)
+        k_tile, k2_tile = load_block(k_ptr, k_n, n0, seqlen_k, BLOCK_N, D, D2, HEADDIM, MASKED, zero)
         s = dot_rows(
             q_tile, q2_tile, q_ptr, q_m, m0, seqlen_q, k_tile, k2_tile, k_ptr, k_n, n0, seqlen_k, BLOCK_M, BLOCK_N, D2,
-            HEADDIM, TF32, MASKED, SAFE,
+            HEADDIM, TF32, MASKED, SAFE, zero,
         )  # fmt: skip
         bias = None
         if bias_ptr is not None:
@@ -59,10 +63,10 @@ def _dq_walk(
             s, lse[:, None], m0 + i, n0 + j, seen, bias, slope, seqlen_q, seqlen_k, diagonal, left, right, scale,
             softcap, FOLD, q_tile.dtype == tl.float32, MASKED,
         )  # fmt: skip
-        v_tile, v2_tile = load_block(v_ptr, v_n, n0, seqlen_k, BLOCK_N, DV, DV2, HEADDIM_V, MASKED)
+        v_tile, v2_tile = load_block(v_ptr, v_n, n0, seqlen_k, BLOCK_N, DV, DV2, HEADDIM_V, MASKED, zero)
         dp = dot_rows(
             do_tile, do2_tile, do_ptr, do_m, m0, seqlen_q, v_tile, v2_tile, v_ptr, v_n, n0, seqlen_k, BLOCK_M, BLOCK_N,
-            DV2, HEADDIM_V, TF32, MASKED, SAFE,
+            DV2, HEADDIM_V, TF32, MASKED, SAFE, zero,
         )  # fmt: skip
         keep = None
         if philox_ptr is not None:
@@ -73,18 +77,18 @@ def _dq_walk(
             tl.store(cells, ds, mask=(m0 + i < seqlen_q) & (n0 + j < seqlen_k))
         ds = before_softcap(ds, t, softcap, visible, MASKED)
         dq, dq2 = accumulate(dq, dq2, ds, k_tile, k2_tile, visible, D2, TF32, SAFE)
-    return dq, dq2
+    return dq, dq2, zero
 
 
 @triton.jit
 def _dq_store(
     dq, dq2, dq_ptr, dq_m, m0, seqlen_q, scale, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
-    D2: tl.constexpr,
+    D2: tl.constexpr, zero=0,
 ):  # fmt: skip
     dq_ptr += m0.to(tl.int64) * dq_m
-    store_rows(dq_ptr, dq_m, seqlen_q - m0, dq * scale, BLOCK_M, D, 0, HEADDIM)
+    store_rows(dq_ptr, dq_m, seqlen_q - m0, dq * scale, BLOCK_M, D, 0, HEADDIM, zero)
     if D2 > 0:
-        store_rows(dq_ptr, dq_m, seqlen_q - m0, dq2 * scale, BLOCK_M, D2, D, HEADDIM)
+        store_rows(dq_ptr, dq_m, seqlen_q - m0, dq2 * scale, BLOCK_M, D2, D, HEADDIM, zero)
 
 
 @triton.jit
@@ -95,12 +99,15 @@ def _dq_again(
     MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr,
+    ANEW: tl.constexpr, zero,
 ):  # fmt: skip
     """dq of queries [m0, m1) once more, in few registers, such that 0 · NaN of a key that a query may not see is 0."""
     for step in tl.range(0, (m1 - m0 + LOST_M - 1) // LOST_M, num_stages=1):
         m = m0 + step * LOST_M
-        q_tile, q2_tile = load_block(q_ptr, q_m, m, seqlen_q, LOST_M, D, D2, HEADDIM, True)
-        do_tile, do2_tile = load_block(do_ptr, do_m, m, seqlen_q, LOST_M, DV, DV2, HEADDIM_V, True)
+        if ANEW:
+            zero = still_zero(zero, m)
+        q_tile, q2_tile = load_block(q_ptr, q_m, m, seqlen_q, LOST_M, D, D2, HEADDIM, True, zero)
+        do_tile, do2_tile = load_block(do_ptr, do_m, m, seqlen_q, LOST_M, DV, DV2, HEADDIM_V, True, zero)
         i = tl.arange(0, LOST_M)
         lse = tl.load(lse_ptr + m + i, mask=m + i < seqlen_q, other=0.0)
         delta = tl.load(delta_ptr + m + i, mask=m + i < seqlen_q, other=0.0)
@@ -108,14 +115,14 @@ def _dq_again(
             m, tl.minimum(m + LOST_M, seqlen_q), diagonal, left, right, seqlen_k, LOST_N
         )
         dq, dq2 = zero_block(LOST_M, D, D2)
-        dq, dq2 = _dq_walk(
+        dq, dq2, _ = _dq_walk(
             dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m,
             mask_ptr, mask_m, mask_n, bias_ptr, bias_m, bias_n, None, 0, slope, philox_ptr, head, m, lo,
             before + whole + after, 0, 0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
             upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, LOST_M, LOST_N, D, D2, DV,
-            DV2, TF32, True, True,
+            DV2, TF32, True, True, ANEW, zero,
         )  # fmt: skip
-        _dq_store(dq, dq2, dq_ptr, dq_m, m, seqlen_q, scale, HEADDIM, LOST_M, D, D2)
+        _dq_store(dq, dq2, dq_ptr, dq_m, m, seqlen_q, scale, HEADDIM, LOST_M, D, D2, zero)
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_m", "lse_stride", "left", "right", "threshold"])
@@ -126,7 +133,7 @@ def attention_bwd_dq_kernel(
     mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n,
     slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride, left, right, scale, softcap, threshold, upscale,
     GROUP: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, UPPER_LEFT: tl.constexpr, FOLD: tl.constexpr,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, ANEW: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
 ):  # fmt: skip
@@ -144,15 +151,11 @@ def attention_bwd_dq_kernel(
     b = pid // blocks_m // nheads
     m0 = block * BLOCK_M
     row = b.to(tl.int64)
-    q_ptr += h.to(tl.int64) * q_h
-    do_ptr += h.to(tl.int64) * do_h
-    k_ptr += (h // GROUP).to(tl.int64) * k_h
-    v_ptr += (h // GROUP).to(tl.int64) * v_h
+    q_head, k_head, v_head, do_head = heads(
+        q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b, h, None,
+        cu_q_ptr, cu_k_ptr, GROUP,
+    )  # fmt: skip
     if cu_q_ptr is None:
-        q_ptr += row * q_b
-        do_ptr += row * do_b
-        k_ptr += row * k_b
-        v_ptr += row * v_b
         first_row = row * seqlen_q
         first_lse = (row * nheads + h) * lse_stride
     else:
@@ -162,10 +165,6 @@ def attention_bwd_dq_kernel(
         seqlen_k = tl.load(cu_k_ptr + b + 1) - start_k
         if m0 >= seqlen_q:
             return
-        q_ptr += start_q.to(tl.int64) * q_m
-        do_ptr += start_q.to(tl.int64) * do_m
-        k_ptr += start_k.to(tl.int64) * k_n
-        v_ptr += start_k.to(tl.int64) * v_n
         first_row = start_q.to(tl.int64)
         first_lse = h.to(tl.int64) * lse_stride + start_q
     lse_ptr += first_lse
@@ -184,8 +183,8 @@ def attention_bwd_dq_kernel(
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + row * slopes_b + h)
 
-    q_tile, q2_tile = load_block(q_ptr, q_m, m0, seqlen_q, BLOCK_M, D, D2, HEADDIM, True)
-    do_tile, do2_tile = load_block(do_ptr, do_m, m0, seqlen_q, BLOCK_M, DV, DV2, HEADDIM_V, True)
+    q_tile, q2_tile = load_block(q_head, q_m, m0, seqlen_q, BLOCK_M, D, D2, HEADDIM, True)
+    do_tile, do2_tile = load_block(do_head, do_m, m0, seqlen_q, BLOCK_M, DV, DV2, HEADDIM_V, True)
     i = tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + m0 + i, mask=m0 + i < seqlen_q, other=0.0)
     delta = tl.load(delta_ptr + m0 + i, mask=m0 + i < seqlen_q, other=0.0)
@@ -200,21 +199,22 @@ def attention_bwd_dq_kernel(
         )  # fmt: skip
         lo += hidden * BLOCK_N
     dq, dq2 = zero_block(BLOCK_M, D, D2)
+    zero = 0
     if MASKED:
-        dq, dq2 = _dq_walk(
-            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m,
-            mask_ptr, mask_m, mask_n, bias_ptr, bias_m, bias_n, dbias_ptr, dbias_m, slope, philox_ptr, head, m0, lo,
-            before + after, before, whole * BLOCK_N, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap,
+        dq, dq2, zero = _dq_walk(
+            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_head, k_head, v_head, do_head, q_m, k_n, v_n,
+            do_m, mask_ptr, mask_m, mask_n, bias_ptr, bias_m, bias_n, dbias_ptr, dbias_m, slope, philox_ptr, head, m0,
+            lo, before + after, before, whole * BLOCK_N, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap,
             threshold, upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N,
-            D, D2, DV, DV2, TF32, True, False,
+            D, D2, DV, DV2, TF32, True, False, ANEW, zero,
         )  # fmt: skip
     if WHOLE:
-        dq, dq2 = _dq_walk(
-            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_ptr, k_ptr, v_ptr, do_ptr, q_m, k_n, v_n, do_m,
-            None, mask_m, mask_n, None, bias_m, bias_n, None, dbias_m, slope, philox_ptr, head, m0,
-            lo + before * BLOCK_N, whole, 0, 0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
-            upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV,
-            DV2, TF32, False, False,
+        dq, dq2, zero = _dq_walk(
+            dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_head, k_head, v_head, do_head, q_m, k_n, v_n,
+            do_m, None, mask_m, mask_n, None, bias_m, bias_n, None, dbias_m, slope, philox_ptr, head, m0, lo + before *
+            BLOCK_N, whole, 0, 0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold, upscale,
+            MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2,
+            TF32, False, False, ANEW, zero,
         )  # fmt: skip
     lost = False
     if MASKED:
@@ -222,11 +222,16 @@ def attention_bwd_dq_kernel(
         if D2 > 0:
             lost = lost | any_lost(dq2)
     if lost:
+        if ANEW:
+            q_head, k_head, v_head, do_head = heads(
+                q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b + zero,
+                h + zero, None, cu_q_ptr, cu_k_ptr, GROUP,
+            )  # fmt: skip
         _dq_again(
-            q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, q_m, k_n, v_n, do_m, dq_m, mask_ptr, mask_m,
+            q_head, k_head, v_head, do_head, dq_ptr, lse_ptr, delta_ptr, q_m, k_n, v_n, do_m, dq_m, mask_ptr, mask_m,
             mask_n, bias_ptr, bias_m, bias_n, slope, philox_ptr, head, m0, m1, seqlen_q, seqlen_k, diagonal, left,
             right, scale, softcap, threshold, upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V,
-            FOLD, D, D2, DV, DV2, TF32,
+            FOLD, D, D2, DV, DV2, TF32, ANEW, zero,
         )  # fmt: skip
     else:
-        _dq_store(dq, dq2, dq_ptr, dq_m, m0, seqlen_q, scale, HEADDIM, BLOCK_M, D, D2)
+        _dq_store(dq, dq2, dq_ptr, dq_m, m0, seqlen_q, scale, HEADDIM, BLOCK_M, D, D2, zero)

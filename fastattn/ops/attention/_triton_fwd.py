@@ -21,6 +21,7 @@ from fastattn.ops.attention._triton_score import (
     load_rows,
     score,
     seen_range,
+    still_zero,
     store_rows,
 )
 
@@ -46,17 +47,18 @@ def _tile(
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr,
     FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr, MASKED: tl.constexpr, SAFE: tl.constexpr,
+    zero=0,
 ):  # fmt: skip
     """One step of the online softmax. seen: the tile of the boolean mask, None without one."""
     i = tl.arange(0, BLOCK_M)[:, None]
     j = tl.arange(0, BLOCK_N)[None, :]
-    k_tile = load_rows(k_ptr, k_n, seqlen_k - n0, BLOCK_N, D, 0, HEADDIM, MASKED)
+    k_tile = load_rows(k_ptr, k_n, seqlen_k - n0, BLOCK_N, D, 0, HEADDIM, MASKED, zero)
     k2_tile = k_tile
     if D2 > 0:
-        k2_tile = load_rows(k_ptr, k_n, seqlen_k - n0, BLOCK_N, D2, D, HEADDIM, MASKED)
+        k2_tile = load_rows(k_ptr, k_n, seqlen_k - n0, BLOCK_N, D2, D, HEADDIM, MASKED, zero)
     s = dot_rows(
         q_tile, q2_tile, q_ptr, q_m, m0, seqlen_q, k_tile, k2_tile, k_ptr, k_n, 0, seqlen_k - n0, BLOCK_M, BLOCK_N, D2,
-        HEADDIM, TF32, MASKED, SAFE,
+        HEADDIM, TF32, MASKED, SAFE, zero,
     )  # fmt: skip
     bias = None
     if bias_ptr is not None:
@@ -82,14 +84,14 @@ def _tile(
         p = tl.where(kept(philox_ptr, head, m0, n0, threshold, BLOCK_M, BLOCK_N, False), p, 0.0)
     p = p.to(v_ptr.dtype.element_ty)
     acc = acc * kept_share[:, None]
-    v_tile = load_rows(v_ptr, v_n, seqlen_k - n0, BLOCK_N, DV, 0, HEADDIM_V, MASKED)
+    v_tile = load_rows(v_ptr, v_n, seqlen_k - n0, BLOCK_N, DV, 0, HEADDIM_V, MASKED, zero)
     if SAFE:
         acc = dot_seen(p, v_tile, acc, visible, TF32)
     else:
         acc = dot(p, v_tile, acc, TF32)
     if DV2 > 0:
         acc2 = acc2 * kept_share[:, None]
-        v2_tile = load_rows(v_ptr, v_n, seqlen_k - n0, BLOCK_N, DV2, DV, HEADDIM_V, MASKED)
+        v2_tile = load_rows(v_ptr, v_n, seqlen_k - n0, BLOCK_N, DV2, DV, HEADDIM_V, MASKED, zero)
         if SAFE:
             acc2 = dot_seen(p, v2_tile, acc2, visible, TF32)
         else:
@@ -105,13 +107,15 @@ def _walk(
     MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr, MASKED: tl.constexpr,
-    SAFE: tl.constexpr,
+    SAFE: tl.constexpr, ANEW: tl.constexpr = False, zero=0,
 ):  # fmt: skip
     """`count` tiles of keys from `first` on; masked ones leave out the `jump` keys after tile `jump_at`."""
     for step in tl.range(0, count, num_stages=1 if SAFE else None):
         n0 = first + step * BLOCK_N
         if MASKED:
             n0 += tl.where(step >= jump_at, jump, 0)
+            if ANEW:
+                zero = still_zero(zero, n0)
         k_tile_ptr = k_ptr + n0.to(tl.int64) * k_n
         v_tile_ptr = v_ptr + n0.to(tl.int64) * v_n
         seen = None
@@ -124,28 +128,28 @@ def _walk(
             acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_tile_ptr, v_tile_ptr, q_m, k_n, v_n, seen, bias_ptr,
             bias_m, bias_n, slope, philox_ptr, head, m0, n0, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap,
             threshold, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, MASKED,
-            SAFE,
+            SAFE, zero,
         )  # fmt: skip
-    return acc, acc2, top, total
+    return acc, acc2, top, total, zero
 
 
 @triton.jit
 def _load_q(
-    q_ptr, q_m, m0, seqlen_q, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr, D2: tl.constexpr
+    q_ptr, q_m, m0, seqlen_q, HEADDIM: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, zero=0
 ):  # fmt: skip
     """The two parts of a block of queries; without a second part, the first twice."""
     q_ptr += m0.to(tl.int64) * q_m
-    q_tile = load_rows(q_ptr, q_m, seqlen_q - m0, BLOCK_M, D, 0, HEADDIM, True)
+    q_tile = load_rows(q_ptr, q_m, seqlen_q - m0, BLOCK_M, D, 0, HEADDIM, True, zero)
     q2_tile = q_tile
     if D2 > 0:
-        q2_tile = load_rows(q_ptr, q_m, seqlen_q - m0, BLOCK_M, D2, D, HEADDIM, True)
+        q2_tile = load_rows(q_ptr, q_m, seqlen_q - m0, BLOCK_M, D2, D, HEADDIM, True, zero)
     return q_tile, q2_tile
 
 
 @triton.jit
 def _finish(
     acc, acc2, top, total, o_ptr, o_m, lse_ptr, m0, seqlen_q, upscale, HEADDIM_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    DV: tl.constexpr, DV2: tl.constexpr,
+    DV: tl.constexpr, DV2: tl.constexpr, zero=0,
 ):  # fmt: skip
     """Normalise and store; a row without keys is o = 0, lse = -inf. upscale: 1 / (1 - dropout_p) or None."""
     empty = total == 0.0
@@ -153,9 +157,9 @@ def _finish(
     if upscale is not None:
         share = share * upscale
     o_ptr += m0.to(tl.int64) * o_m
-    store_rows(o_ptr, o_m, seqlen_q - m0, acc * share[:, None], BLOCK_M, DV, 0, HEADDIM_V)
+    store_rows(o_ptr, o_m, seqlen_q - m0, acc * share[:, None], BLOCK_M, DV, 0, HEADDIM_V, zero)
     if DV2 > 0:
-        store_rows(o_ptr, o_m, seqlen_q - m0, acc2 * share[:, None], BLOCK_M, DV2, DV, HEADDIM_V)
+        store_rows(o_ptr, o_m, seqlen_q - m0, acc2 * share[:, None], BLOCK_M, DV2, DV, HEADDIM_V, zero)
     lse = tl.where(empty, float("-inf"), top * LN2 + tl.log(tl.where(empty, 1.0, total)))
     i = tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + m0 + i, lse, mask=i < seqlen_q - m0)
@@ -168,22 +172,46 @@ def _again(
     MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr, BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV2: tl.constexpr, TF32: tl.constexpr,
+    ANEW: tl.constexpr, zero,
 ):  # fmt: skip
     """Queries [m0, m1) once more, in few registers, such that 0 · NaN of a value that a query may not see is 0."""
     for step in tl.range(0, (m1 - m0 + LOST_M - 1) // LOST_M, num_stages=1):
         m = m0 + step * LOST_M
-        q_tile, q2_tile = _load_q(q_ptr, q_m, m, seqlen_q, HEADDIM, LOST_M, D, D2)
+        if ANEW:
+            zero = still_zero(zero, m)
+        q_tile, q2_tile = _load_q(q_ptr, q_m, m, seqlen_q, HEADDIM, LOST_M, D, D2, zero)
         lo, before, whole, after = key_range(
             m, tl.minimum(m + LOST_M, seqlen_q), diagonal, left, right, seqlen_k, LOST_N
         )
         acc, acc2, top, total = _start(sink, LOST_M, DV, DV2)
-        acc, acc2, top, total = _walk(
+        acc, acc2, top, total, _ = _walk(
             acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_ptr, v_ptr, q_m, k_n, v_n, mask_ptr, mask_m, mask_n,
             bias_ptr, bias_m, bias_n, slope, philox_ptr, head, m, lo, before + whole + after, 0, 0, seqlen_q, seqlen_k,
             diagonal, left, right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM,
-            HEADDIM_V, FOLD, LOST_M, LOST_N, D, D2, DV, DV2, TF32, True, True,
+            HEADDIM_V, FOLD, LOST_M, LOST_N, D, D2, DV, DV2, TF32, True, True, ANEW, zero,
         )  # fmt: skip
-        _finish(acc, acc2, top, total, o_ptr, o_m, lse_ptr, m, seqlen_q, upscale, HEADDIM_V, LOST_M, DV, DV2)
+        _finish(acc, acc2, top, total, o_ptr, o_m, lse_ptr, m, seqlen_q, upscale, HEADDIM_V, LOST_M, DV, DV2, zero)
+
+
+@triton.jit
+def _heads(
+    q_ptr, k_ptr, v_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, b, h, cu_q_ptr, cu_k_ptr, GROUP: tl.constexpr
+):  # fmt: skip
+    """Row 0 of head h of q, and of the head of k and v that it reads, in sequence b."""
+    row = b.to(tl.int64)
+    q_ptr += h.to(tl.int64) * q_h
+    k_ptr += (h // GROUP).to(tl.int64) * k_h
+    v_ptr += (h // GROUP).to(tl.int64) * v_h
+    if cu_q_ptr is None:
+        q_ptr += row * q_b
+        k_ptr += row * k_b
+        v_ptr += row * v_b
+    else:
+        start_k = tl.load(cu_k_ptr + b).to(tl.int64)
+        q_ptr += tl.load(cu_q_ptr + b).to(tl.int64) * q_m
+        k_ptr += start_k * k_n
+        v_ptr += start_k * v_n
+    return q_ptr, k_ptr, v_ptr
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_m", "lse_stride", "left", "right", "threshold"])
@@ -192,7 +220,7 @@ def attention_fwd_kernel(
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n,
     slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride, left, right, scale, softcap, threshold, upscale,
     GROUP: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, UPPER_LEFT: tl.constexpr, FOLD: tl.constexpr,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, ANEW: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
 ):  # fmt: skip
@@ -212,13 +240,10 @@ def attention_fwd_kernel(
     b = pid // blocks_m // nheads
     m0 = block * BLOCK_M
     row = b.to(tl.int64)
-    q_ptr += h.to(tl.int64) * q_h
-    k_ptr += (h // GROUP).to(tl.int64) * k_h
-    v_ptr += (h // GROUP).to(tl.int64) * v_h
+    q_head, k_head, v_head = _heads(
+        q_ptr, k_ptr, v_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, b, h, cu_q_ptr, cu_k_ptr, GROUP
+    )
     if cu_q_ptr is None:
-        q_ptr += row * q_b
-        k_ptr += row * k_b
-        v_ptr += row * v_b
         o_row = row * seqlen_q
         lse_ptr += (row * nheads + h) * lse_stride
     else:
@@ -228,9 +253,6 @@ def attention_fwd_kernel(
         seqlen_k = tl.load(cu_k_ptr + b + 1) - start_k
         if m0 >= seqlen_q:
             return
-        q_ptr += start_q.to(tl.int64) * q_m
-        k_ptr += start_k.to(tl.int64) * k_n
-        v_ptr += start_k.to(tl.int64) * v_n
         o_row = start_q.to(tl.int64)
         lse_ptr += h.to(tl.int64) * lse_stride + o_row
     o_m = nheads * HEADDIM_V
@@ -249,7 +271,7 @@ def attention_fwd_kernel(
         sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
 
     m1 = tl.minimum(m0 + BLOCK_M, seqlen_q)
-    q_tile, q2_tile = _load_q(q_ptr, q_m, m0, seqlen_q, HEADDIM, BLOCK_M, D, D2)
+    q_tile, q2_tile = _load_q(q_head, q_m, m0, seqlen_q, HEADDIM, BLOCK_M, D, D2)
     lo, before, whole, after = key_range(m0, m1, diagonal, left, right, seqlen_k, BLOCK_N)
     if not WHOLE:
         before, whole, after = before + whole + after, 0, 0
@@ -261,19 +283,20 @@ def attention_fwd_kernel(
         )
         lo += hidden * BLOCK_N
     acc, acc2, top, total = _start(sink, BLOCK_M, DV, DV2)
+    zero = 0
     if MASKED:
-        acc, acc2, top, total = _walk(
-            acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_ptr, v_ptr, q_m, k_n, v_n, mask_ptr, mask_m, mask_n,
+        acc, acc2, top, total, zero = _walk(
+            acc, acc2, top, total, q_tile, q2_tile, q_head, k_head, v_head, q_m, k_n, v_n, mask_ptr, mask_m, mask_n,
             bias_ptr, bias_m, bias_n, slope, philox_ptr, head, m0, lo, before + after, before, whole * BLOCK_N,
             seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS,
-            BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, True, False,
+            BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, True, False, ANEW, zero,
         )  # fmt: skip
     if WHOLE:
-        acc, acc2, top, total = _walk(
-            acc, acc2, top, total, q_tile, q2_tile, q_ptr, k_ptr, v_ptr, q_m, k_n, v_n, None, mask_m, mask_n, bias_ptr,
-            bias_m, bias_n, slope, philox_ptr, head, m0, lo + before * BLOCK_N, whole, 0, 0, seqlen_q, seqlen_k,
-            diagonal, left, right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM,
-            HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, False, False,
+        acc, acc2, top, total, zero = _walk(
+            acc, acc2, top, total, q_tile, q2_tile, q_head, k_head, v_head, q_m, k_n, v_n, None, mask_m, mask_n,
+            bias_ptr, bias_m, bias_n, slope, philox_ptr, head, m0, lo + before * BLOCK_N, whole, 0, 0, seqlen_q,
+            seqlen_k, diagonal, left, right, scale, softcap, threshold, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS,
+            HEADDIM, HEADDIM_V, FOLD, BLOCK_M, BLOCK_N, D, D2, DV, DV2, TF32, False, False, ANEW, zero,
         )  # fmt: skip
     lost = False
     if MASKED:
@@ -281,13 +304,19 @@ def attention_fwd_kernel(
         if DV2 > 0:
             lost = lost | any_lost(acc2)
     if lost:
+        if ANEW:
+            q_head, k_head, v_head = _heads(
+                q_ptr, k_ptr, v_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, b + zero, h + zero, cu_q_ptr,
+                cu_k_ptr, GROUP,
+            )  # fmt: skip
         _again(
-            q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, q_m, k_n, v_n, o_m, mask_ptr, mask_m, mask_n, bias_ptr, bias_m, bias_n,
-            slope, sink, philox_ptr, head, m0, m1, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap, threshold,
-            upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, D, D2, DV, DV2, TF32,
+            q_head, k_head, v_head, o_ptr, lse_ptr, q_m, k_n, v_n, o_m, mask_ptr, mask_m, mask_n, bias_ptr, bias_m,
+            bias_n, slope, sink, philox_ptr, head, m0, m1, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap,
+            threshold, upscale, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, HEADDIM, HEADDIM_V, FOLD, D, D2, DV, DV2,
+            TF32, ANEW, zero,
         )  # fmt: skip
     else:
-        _finish(acc, acc2, top, total, o_ptr, o_m, lse_ptr, m0, seqlen_q, upscale, HEADDIM_V, BLOCK_M, DV, DV2)
+        _finish(acc, acc2, top, total, o_ptr, o_m, lse_ptr, m0, seqlen_q, upscale, HEADDIM_V, BLOCK_M, DV, DV2, zero)
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_m", "blocks_n", "left", "right"])

@@ -26,10 +26,13 @@ def dot(a, b, acc, TF32: tl.constexpr):
 @triton.jit
 def load_rows(
     ptr, stride, limit, ROWS: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, HEADDIM: tl.constexpr,
-    CHECK: tl.constexpr,
+    CHECK: tl.constexpr, zero=0,
 ):  # fmt: skip
-    """Columns [FIRST, FIRST + D) of ROWS rows from ptr on, 0 beyond HEADDIM and, with CHECK, from row `limit` on."""
-    row = tl.arange(0, ROWS)
+    """Columns [FIRST, FIRST + D) of ROWS rows from ptr on, 0 beyond HEADDIM and, with CHECK, from row `limit` on.
+
+    zero: 0, of `still_zero` where the addresses shall not be kept.
+    """
+    row = tl.arange(0, ROWS) + zero * 16  # 16: what is known of a row's divisors is known of the sum's
     d = FIRST + tl.arange(0, D)
     cells = ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
     if FIRST + D > HEADDIM:
@@ -45,10 +48,11 @@ def load_rows(
 
 @triton.jit
 def load_slice(
-    ptr, stride, first, limit, d0, ROWS: tl.constexpr, SLICE: tl.constexpr, HEADDIM: tl.constexpr, CHECK: tl.constexpr
+    ptr, stride, first, limit, d0, ROWS: tl.constexpr, SLICE: tl.constexpr, HEADDIM: tl.constexpr, CHECK: tl.constexpr,
+    zero=0,
 ):  # fmt: skip
-    """Columns [d0, d0 + SLICE) of ROWS rows from row `first` on, 0 as in load_rows."""
-    row = first + tl.arange(0, ROWS)
+    """Columns [d0, d0 + SLICE) of ROWS rows from row `first` on, 0 and zero as in load_rows."""
+    row = first + (tl.arange(0, ROWS) + zero * 16)
     d = d0 + tl.arange(0, SLICE)
     cells = ptr + row.to(tl.int64)[:, None] * stride + d[None, :]
     if (SLICE - 1) & HEADDIM:  # a power of two that does not divide it
@@ -66,7 +70,7 @@ def load_slice(
 def dot_rows(
     a, a2, a_ptr, a_stride, a_first, a_limit, b, b2, b_ptr, b_stride, b_first, b_limit, M: tl.constexpr,
     N: tl.constexpr, D2: tl.constexpr, HEADDIM: tl.constexpr, TF32: tl.constexpr, CHECK: tl.constexpr,
-    SMALL: tl.constexpr,
+    SMALL: tl.constexpr, zero=0,
 ):  # fmt: skip
     """a bᵀ of two-part rows: [M, N]. CHECK: rows of b may lie beyond b_limit, as rows of a may in any case.
 
@@ -77,8 +81,8 @@ def dot_rows(
     if SMALL or (a.dtype == tl.float32 and not TF32 and (a.shape[1] > 64 or D2 > 0)):
         SLICE: tl.constexpr = min(a.shape[1], 64)
         for d0 in tl.range(0, HEADDIM, SLICE, num_stages=1):
-            a_slice = load_slice(a_ptr, a_stride, a_first, a_limit, d0, M, SLICE, HEADDIM, True)
-            b_slice = load_slice(b_ptr, b_stride, b_first, b_limit, d0, N, SLICE, HEADDIM, CHECK)
+            a_slice = load_slice(a_ptr, a_stride, a_first, a_limit, d0, M, SLICE, HEADDIM, True, zero)
+            b_slice = load_slice(b_ptr, b_stride, b_first, b_limit, d0, N, SLICE, HEADDIM, CHECK, zero)
             s = dot(a_slice, tl.trans(b_slice), s, TF32)
     else:
         s = dot(a, tl.trans(b), s, TF32)
@@ -89,10 +93,10 @@ def dot_rows(
 
 @triton.jit
 def store_rows(
-    ptr, stride, limit, x, ROWS: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, HEADDIM: tl.constexpr
+    ptr, stride, limit, x, ROWS: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, HEADDIM: tl.constexpr, zero=0
 ):  # fmt: skip
     """The counterpart of load_rows, rounding x to the type of ptr."""
-    row = tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS) + zero * 16
     d = FIRST + tl.arange(0, D)
     inside = (row < limit)[:, None]
     if FIRST + D > HEADDIM:
@@ -122,6 +126,17 @@ def load_pairs(
         return tl.load(tile + j.to(tl.int64) * stride_n, mask=n0 + j < seqlen_k, other=0)
     else:
         return tl.load(tile + (i * 0 + j * 0))
+
+
+@triton.jit
+def still_zero(zero, position):
+    """0 once more, but the compiler cannot know: what contains it is computed where it is used.
+
+    A tile's rows have the same addresses in every step and in both walks, two registers each. Kept through a walk that
+    has no registers to spare, they spill; so the loops carry a 0 from step to step, and addresses contain it
+    (`Tile.ANEW`).
+    """
+    return tl.minimum(zero, position)
 
 
 @triton.jit

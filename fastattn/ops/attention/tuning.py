@@ -11,18 +11,27 @@ from fastattn.runtime import launch
 
 
 class Tile(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys, and how Triton compiles the kernel."""
+    """BLOCK_M queries by BLOCK_N keys, and how Triton compiles the kernel.
+
+    Where registers are short:
+    ANEW      addresses are computed where they are used, not once: in each step of a masked walk, and for each walk
+    ONE_WALK  where some tiles need a test for each pair, all are walked over as if they did
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    ANEW: bool = False
+    ONE_WALK: bool = False
 
 
 class Row(NamedTuple):
     """Tiles for architectures from `arch`, head dimensions (the larger of q's and v's) up to `headdim`, and one kind.
 
-    kind   dense: every pair is visible · band: causal and windows · pairs: something is masked, added or dropped by pair
+    kind   dense: every pair is visible · band: causal and windows · pairs: something is masked, added or dropped by
+           pair · and for some of these calls that need other tiles: tail: dense, with lengths that cut tiles · window: a
+           band with a left edge · mask: pairs with a boolean mask · dropout, bias: pairs with them, without a mask
     width  bytes per element
     """
 
@@ -37,7 +46,9 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         tiles = (
-            f"{name} {t.BLOCK_M}x{t.BLOCK_N}, {t.num_warps} warps, {t.num_stages} stages" for name, t in self._tiles()
+            f"{name} {t.BLOCK_M}x{t.BLOCK_N}, {t.num_warps} warps, {t.num_stages} stages"
+            f"{', addresses anew' * t.ANEW}{', one walk' * t.ONE_WALK}"
+            for name, t in self._tiles()
         )
         return f"{'; '.join(tiles)} ({self.source})"
 
@@ -47,6 +58,7 @@ class Row(NamedTuple):
 
 ANALYSIS = "by analysis: registers, spills and shared memory of the compiled kernels; not measured"
 KINDS = ("dense", "band", "pairs")
+WIDER = {"tail": "dense", "window": "band", "mask": "pairs", "dropout": "pairs", "bias": "pairs"}
 
 
 def _rows(arch: int, width: int, kind: str, *tiles: tuple[int, Tile, Tile, Tile]) -> tuple[Row, ...]:
@@ -61,6 +73,13 @@ ROWS = (
         (128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
         (256, Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         (576, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        80, 2, "tail",
+        (96, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        (128, Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        (512, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (576, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True)),
     ),
     *_rows(
         80, 2, "band",
@@ -85,18 +104,34 @@ ROWS = (
         (576, Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1)),
     ),
     *_rows(
+        90, 2, "tail",
+        (32, Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
+        (63, Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(32, 128, 8, 2)),
+        (192, Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+        (256, Tile(128, 64, 8, 2, True), Tile(64, 32, 8, 2, True), Tile(32, 64, 8, 2, True, True)),
+    ),
+    *_rows(
         90, 2, "band",
         (64, Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(32, 128, 8, 2)),
         (128, Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
-        (256, Tile(128, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (192, Tile(128, 64, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+        (256, Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
         (576, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        90, 2, "window",
+        (256, Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2, True), Tile(32, 32, 8, 2)),
     ),
     *_rows(
         90, 2, "pairs",
         (64, Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
-        (128, Tile(128, 32, 8, 3), Tile(64, 64, 8, 3), Tile(32, 64, 8, 2)),
+        (128, Tile(128, 32, 8, 3), Tile(64, 64, 8, 3, True), Tile(32, 64, 8, 2)),
         (256, Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
         (576, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        90, 2, "bias",
+        (128, Tile(128, 32, 8, 3), Tile(64, 64, 8, 2, True), Tile(32, 64, 8, 2)),
     ),
     *(
         row
@@ -107,13 +142,39 @@ ROWS = (
             (64, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
             (128, Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
             (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-            (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+            (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, kind == "dense")),
+        )
+    ),
+    *_rows(
+        80, 4, "tail",
+        (192, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True)),
+        (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True)),
+    ),
+    *_rows(
+        90, 4, "tail",
+        (192, Tile(32, 16, 8, 1, True), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *(
+        row
+        for arch in (80, 90)
+        for row in (
+            *_rows(
+                arch, 4, "mask",
+                (64, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+                (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1)),
+            ),
+            *_rows(
+                arch, 4, "dropout",
+                (63, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1, True), Tile(32, 32, 8, 1, True)),
+                (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True)),
+            ),
         )
     ),
 )  # fmt: skip
 
 _INTERPRETED = Row(
-    0, 576, "any", 0, Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1),
+    0, 576, "any", 0, *(Tile(*size, 4, 1, ANEW=True) for size in ((32, 16), (32, 16), (16, 32))),
     "small tiles for the interpreter, so that few rows make several tiles",
 )  # fmt: skip
 
@@ -125,10 +186,10 @@ def generation(arch: int) -> int:
 
 @functools.cache
 def find(arch: int, headdim: int, kind: str, width: int) -> Row:
-    """The row with the smallest head dimension that covers `headdim`."""
-    key = (generation(arch), kind, width)
-    fits = [r for r in ROWS if (r.arch, r.kind, r.width) == key and r.headdim >= headdim]
-    return min(fits, key=lambda r: r.headdim)
+    """The row with the smallest head dimension that covers `headdim`; of two such, the one of the narrower kind."""
+    key, kinds = (generation(arch), width), (kind, WIDER.get(kind, kind))
+    fits = [r for r in ROWS if (r.arch, r.width) == key and r.kind in kinds and r.headdim >= headdim]
+    return min(fits, key=lambda r: (r.headdim, r.kind != kind))
 
 
 def row(arch: int, headdim: int, kind: str, width: int) -> Row:
@@ -167,8 +228,18 @@ def kind(spec: Any) -> str:
     return "dense" if spec.left is None and spec.right is None else "band"
 
 
+def narrow_kind(spec: Any) -> str:
+    """One of KINDS or of the keys of WIDER."""
+    found = kind(spec)
+    if found == "dense":
+        return "tail" if spec.packed or spec.seqlen_q % 128 or spec.seqlen_k % 128 else found
+    if found == "band":
+        return found if spec.left is None else "window"
+    return "mask" if spec.mask else "dropout" if spec.dropout_p else "bias" if spec.bias else found
+
+
 def row_of(spec: Any, device: torch.device | None = None) -> Row:
     """The row of a validated call; without a device, on the current one of the call's kind."""
     device = torch.device(spec.device) if device is None else device
     width = 4 if spec.dtype == torch.float32 else 2
-    return row(launch.arch(device), max(spec.headdim, spec.headdim_v), kind(spec), width)
+    return row(launch.arch(device), max(spec.headdim, spec.headdim_v), narrow_kind(spec), width)
