@@ -166,7 +166,7 @@ ROWS = (
             ),
             *_rows(
                 arch, 4, "dropout",
-                (63, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1, True), Tile(32, 32, 8, 1, True)),
+                (63, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1, True), Tile(16, 64, 8, 1)),
                 (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True)),
             ),
         )
