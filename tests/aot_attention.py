@@ -51,7 +51,7 @@ def _headdims(row: tuning.Row) -> tuple[tuple[int, int], ...]:
 def launches(arch: int, *, everything: bool) -> Iterator[launch.Launch]:
     """Every row, dtype and option; without `everything` a sample of them."""
     for row in tuning.ROWS:
-        if row.arch != tuning.generation(arch):
+        if not tuning.serves(row, arch):
             continue
         names = SAMPLE.get((row.width, row.headdim), ())
         for dtype in DTYPES[row.width] if everything else DTYPES[row.width][:1]:

@@ -312,9 +312,11 @@ def attention_bwd_dkdv_kernel(
             dv, dv2 = zero_block(BLOCK_N, DV, DV2)
     if lost:
         if ANEW:
+            hk = (pid + zero) // blocks_n % nheads_k
+            b = (pid + zero) // blocks_n // nheads_k
             q_head, k_head, v_head, do_head = heads(
-                q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b + zero,
-                h + zero, hk + zero, cu_q_ptr, cu_k_ptr, GROUP,
+                q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b,
+                hk * GROUP, hk, cu_q_ptr, cu_k_ptr, GROUP,
             )  # fmt: skip
         _dkdv_again(
             q_head, k_head, v_head, do_head, dk_ptr, dv_ptr, lse_ptr, delta_ptr, q_m, q_h, k_n, v_n, do_m, do_h, dk_n,

@@ -70,7 +70,7 @@ def _dq_walk(
         )  # fmt: skip
         keep = None
         if philox_ptr is not None:
-            keep = kept(philox_ptr, head, m0, n0, threshold, BLOCK_M, BLOCK_N, False)
+            keep = kept(philox_ptr, head + zero, m0 + zero, n0, threshold, BLOCK_M, BLOCK_N, False)
         ds = score_gradient(p, dp, delta[:, None], keep, upscale, visible, MASKED)
         if dbias_ptr is not None:
             cells = (dbias_ptr + (m0 + i).to(tl.int64) * dbias_m) + (n0 + j)

@@ -133,6 +133,12 @@ ROWS = (
         90, 2, "bias",
         (128, Tile(128, 32, 8, 3), Tile(64, 64, 8, 2, True), Tile(32, 64, 8, 2)),
     ),
+    *_rows(
+        100, 2, "tail",
+        (96, Tile(128, 128, 8, 3, True), Tile(128, 64, 8, 3, True), Tile(64, 128, 8, 3)),
+        (128, Tile(128, 128, 8, 3, True), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        (512, Tile(32, 32, 8, 1), Tile(32, 16, 8, 1, True), Tile(16, 16, 8, 1)),
+    ),
     *(
         row
         for arch in (80, 90)
@@ -142,7 +148,10 @@ ROWS = (
             (64, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
             (128, Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
             (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-            (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, kind == "dense")),
+            (
+                576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, *(arch == 80 and kind != "dense",) * 2),
+                Tile(16, 16, 8, 1, kind == "dense"),
+            ),
         )
     ),
     *_rows(
@@ -150,6 +159,28 @@ ROWS = (
         (192, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
         (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True)),
         (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True)),
+    ),
+    *_rows(
+        80, 4, "band",
+        (192, Tile(32, 16, 8, 1, True), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        (512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        80, 4, "window",
+        (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True)),
+    ),
+    *_rows(
+        100, 4, "dropout",
+        (63, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1, True), Tile(32, 32, 8, 1, True)),
+        (576, Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True, True)),
+    ),
+    *_rows(
+        100, 4, "mask",
+        (576, Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        100, 4, "tail",
+        (512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True)),
     ),
     *_rows(
         90, 4, "tail",
@@ -167,7 +198,7 @@ ROWS = (
             *_rows(
                 arch, 4, "dropout",
                 (63, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1, True), Tile(16, 64, 8, 1)),
-                (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True)),
+                (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True, True)),
             ),
         )
     ),
@@ -184,12 +215,17 @@ def generation(arch: int) -> int:
     return 90 if 90 <= arch < 120 else 80
 
 
+def serves(row: Row, arch: int) -> bool:
+    """Rows for 100 are those of 90 that do not fit the later ones."""
+    return generation(row.arch) == generation(arch) and row.arch <= arch
+
+
 @functools.cache
 def find(arch: int, headdim: int, kind: str, width: int) -> Row:
-    """The row with the smallest head dimension that covers `headdim`; of two such, the one of the narrower kind."""
-    key, kinds = (generation(arch), width), (kind, WIDER.get(kind, kind))
-    fits = [r for r in ROWS if (r.arch, r.width) == key and r.kind in kinds and r.headdim >= headdim]
-    return min(fits, key=lambda r: (r.headdim, r.kind != kind))
+    """The row with the smallest head dimension that covers `headdim`; of such, one of the narrower kind, the latest."""
+    kinds = (kind, WIDER.get(kind, kind))
+    fits = [r for r in ROWS if serves(r, arch) and r.width == width and r.kind in kinds and r.headdim >= headdim]
+    return min(fits, key=lambda r: (r.headdim, r.kind != kind, -r.arch))
 
 
 def row(arch: int, headdim: int, kind: str, width: int) -> Row:
