@@ -148,10 +148,19 @@ ROWS = (
             (64, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
             (128, Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
             (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-            (
-                576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, *(arch == 80 and kind != "dense",) * 2),
-                Tile(16, 16, 8, 1, kind == "dense"),
-            ),
+        )
+    ),
+    *(
+        row
+        for arch in (80, 90)
+        for row in _rows(arch, 4, "dense", (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True)))
+    ),
+    *(
+        row
+        for kind in ("band", "pairs")
+        for row in (
+            *_rows(80, 4, kind, (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True, True), Tile(16, 16, 8, 1))),
+            *_rows(90, 4, kind, (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))),
         )
     ),
     *_rows(
@@ -205,7 +214,7 @@ ROWS = (
 )  # fmt: skip
 
 _INTERPRETED = Row(
-    0, 576, "any", 0, *(Tile(*size, 4, 1, ANEW=True) for size in ((32, 16), (32, 16), (16, 32))),
+    0, 576, "any", 0, Tile(32, 16, 4, 1, True), Tile(32, 16, 4, 1, True), Tile(16, 32, 4, 1, True),
     "small tiles for the interpreter, so that few rows make several tiles",
 )  # fmt: skip
 
