@@ -44,8 +44,9 @@ sanitize: $(VENV)/test
 aot: $(VENV)/test
 	$(BIN)/python tests/triton_aot.py --all --quiet
 
-# Every CUDA C++ kernel, compiled for sm_80, sm_90a, sm_100 and sm_120. Half an hour from nothing, then only what has changed; it
-# may be stopped and goes on where it was. Commit tests/audited.json: `make test` compiles a sample, and holds the rest to it.
+# Every CUDA C++ kernel, compiled for sm_80, sm_90a, sm_100 and sm_120. Ten minutes or more from nothing, then only what has
+# changed; it may be stopped and goes on where it was. Commit tests/audited.json: `make test` compiles a sample and holds
+# the rest to it.
 audit: $(VENV)/test
 	$(BIN)/python tests/cuda_audit.py --all --quiet
 
