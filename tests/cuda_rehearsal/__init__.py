@@ -6,11 +6,13 @@ begin(folder)   before torch is imported: from now on there are two GPUs of comp
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,7 @@ def begin(folder: str) -> None:
     from . import host_ops
 
     interpreter.mend()
+    atexit.register(time.sleep, 0.2)  # autograd's threads run Python here, and must have left it when it ends
     _kept.extend((graphs, host_ops.begin(graphs.recorded)))
     _execute(graphs)
 
