@@ -162,7 +162,7 @@ ROWS = (
             arch, 4, kind,
             (64, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
             (128, Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
-            (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+            (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, arch == 80 and kind == "pairs")),
         )
     ),
     *(
@@ -170,14 +170,10 @@ ROWS = (
         for arch in (80, 90)
         for row in _rows(arch, 4, "dense", (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True)))
     ),
-    *(
-        row
-        for kind in ("band", "pairs")
-        for row in (
-            *_rows(80, 4, kind, (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True, True), Tile(16, 16, 8, 1))),
-            *_rows(90, 4, kind, (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))),
-        )
-    ),
+    *_rows(80, 4, "band", (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True, True), Tile(16, 16, 8, 1))),
+    *_rows(80, 4, "pairs", (576, Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True, True), Tile(16, 16, 8, 1))),
+    *_rows(90, 4, "band", (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))),
+    *_rows(90, 4, "pairs", (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))),
     *_rows(
         80, 4, "tail",
         (192, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
@@ -192,6 +188,15 @@ ROWS = (
     *_rows(
         80, 4, "pairs",
         (63, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1, True)),
+        (192, Tile(32, 16, 8, 1, True), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ),
+    *_rows(
+        80, 4, "mask",
+        (63, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ),
+    *_rows(
+        80, 4, "dropout",
+        (256, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True, True)),
     ),
     *_rows(
         80, 4, "window",
@@ -221,12 +226,12 @@ ROWS = (
             *_rows(
                 arch, 4, "mask",
                 (64, Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-                (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1)),
+                (576, Tile(16, 16, 8, 1, arch == 80), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1)),
             ),
             *_rows(
                 arch, 4, "dropout",
                 (63, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1, True), Tile(16, 64, 8, 1)),
-                (576, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True, True)),
+                (576, Tile(16, 16, 8, 1, arch == 80), Tile(16, 16, 8, 1, True), Tile(16, 16, 8, 1, True, True)),
             ),
         )
     ),
