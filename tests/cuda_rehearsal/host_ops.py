@@ -17,9 +17,9 @@ Again = Callable[[], None]
 
 # Fused attention has no kernel on the CPU under these names: who asks for torch's gets the refusal of its launch.
 _TORCHS_OWN = ("flash_attention", "efficient_attention", "cudnn_attention", "_fused_sdp_choice", "_cudnn", "_cuda_")
-# Made of views, allocations and copies alone.
 _ALSO = ("aten::copy_",)  # one kernel for all devices, which launches on this one
 _CPU_KEYS = ("CPU", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+# Made of views, allocations and copies alone.
 _NO_KERNEL = (
     "empty",
     "resize_",
