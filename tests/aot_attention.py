@@ -62,6 +62,7 @@ def launches(arch: int, *, everything: bool) -> Iterator[launch.Launch]:
                             yield from _calls(arch, dtype, headdim, headdim_v, seqlen, options)
     if everything:
         yield from _packed(arch)
+        yield from _persistent(arch)
 
 
 def _qkv(dtype: torch.dtype, headdim: int, headdim_v: int, nheads_k: int, *rows: int) -> tuple[torch.Tensor, ...]:
@@ -96,3 +97,20 @@ def _packed(arch: int) -> Iterator[launch.Launch]:
                 o = fastattn.attention(q, k, v, bias=bias, sinks=sinks, cu_seqlens_q=cu_seqlens)
                 torch.autograd.grad(o, (q, k, v, bias, sinks), torch.empty_like(o))
             yield from recorded.launches
+
+
+def _persistent(arch: int) -> Iterator[launch.Launch]:
+    """Persistent grids, which no row uses yet, of tiles that do not spill in them."""
+    usual = tuning.row
+
+    def resident(*call: Any) -> tuning.Row:
+        row = usual(*call)
+        fwd, dq, dkdv = (tile._replace(RESIDENT=1) for tile in (row.fwd, row.dq, row.dkdv))
+        return row._replace(fwd=fwd, dq=dq, dkdv=dkdv)
+
+    tuning.row = resident
+    try:
+        for dtype in DTYPES[2]:
+            yield from _calls(arch, dtype, 64, 64, SEQLEN, {})
+    finally:
+        tuning.row = usual

@@ -243,6 +243,42 @@ def test_same_bits(option: str) -> None:
         assert torch.equal(t, second[name]), name
 
 
+PERSISTENT: list[tuple[str, ...]] = [
+    ("causal",), ("window", "dropout"), ("mask", "sinks"), ("bias", "softcap"), ("alibi", "causal"), ("packed", "window"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", PERSISTENT, ids="+".join)
+def test_persistent_grid_has_the_same_bits(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two programs do all blocks, each as if it were alone: also after one on the slow road or beyond its sequence."""
+    packed = names[0] == "packed"
+    tensors, options, wants = with_options(*names[packed:], nheads_k=NHEADS)
+    tensors["v"][0, 30, 0] = math.nan
+    if packed:
+        tensors = {n: t[0].repeat(3, 1, 1)[: 75 if n == "q" else 92] for n, t in tensors.items()}
+        options |= {"cu_seqlens_q": CU_SEQLENS_Q, "cu_seqlens_k": CU_SEQLENS_K}
+    options["return_lse"] = True
+    row, run, grids = tuning.row, launch.run, []
+
+    def noting(kernel: Any, grid: tuple[int, ...], *arguments: Any, **how: Any) -> None:
+        grids.append((kernel.__name__, *grid))
+        run(kernel, grid, *arguments, **how)
+
+    def resident(*call: Any) -> tuning.Row:
+        usual = row(*call)
+        fwd, dq, dkdv = (tile._replace(RESIDENT=1) for tile in (usual.fwd, usual.dq, usual.dkdv))
+        return usual._replace(fwd=fwd, dq=dq, dkdv=dkdv)
+
+    plain = law.run(triton, tensors, options, wants, ("o", "lse"), 0)
+    monkeypatch.setattr(launch, "sms", lambda device: 2)
+    monkeypatch.setattr(launch, "run", noting)
+    monkeypatch.setattr(tuning, "row", resident)
+    persistent = law.run(triton, tensors, options, wants, ("o", "lse"), 0)
+    assert {(f"attention_{name}_kernel", 2) for name in ("fwd", "bwd_dq", "bwd_dkdv")} <= set(grids)
+    for name, t in plain.items():
+        torch.testing.assert_close(persistent[name], t, rtol=0, atol=0, equal_nan=True)
+
+
 def test_gradient_through_lse_and_strided_gradients() -> None:
     """The cotangents are expanded and transposed; that of lse alone passes through delta."""
     leaves = {name: t.requires_grad_() for name, t in qkv().items()}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
 from fastattn.benchmarks.case import OURS
-from fastattn.benchmarks.gpu import attention, memory, run
+from fastattn.benchmarks.gpu import attention, memory, run, tune
 from fastattn.benchmarks.gpu.machine import Peaks, describe
 from fastattn.benchmarks.gpu.timing import EventWatch, HostWatch, measure
 from fastattn.benchmarks.shapes import AttentionShape, square
@@ -99,6 +101,25 @@ def test_a_wrong_result_has_no_time(tiny, monkeypatch):
     case = attention.cases("forward", CPU)[0]
     row = run.run_case(case, HostWatch(), Peaks(CPU, HostWatch(), size=64, copied=1 << 16), 0.01)[0]
     assert row.status == "WRONG" and row.seconds is None
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [((0.004, 0.001, 0.002), 1), ((0.001, 0.004, 0.002), 0)])
+def test_a_persistent_grid_wins_where_it_is_faster(seconds, expected, monkeypatch):
+    """A grid of one program per multiprocessor is timed beside the plain one; one of two spills."""
+    monkeypatch.setattr(tune, "captured", lambda candidate: candidate)
+    monkeypatch.setattr(tune, "again", lambda found: lambda: time.sleep(seconds[found.tile.RESIDENT]))
+    monkeypatch.setattr(
+        tune, "compiles", lambda found, arch: {"refused": "it spills"} if found.tile.RESIDENT == 2 else {}
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(tune, "measure", lambda calls, watch, budget: measure(calls, watch, 0.05))
+    tile = tune.tuning.Tile(64, 64, 4, 2)
+    slow = tune.Candidate(64, "dense", "fwd", tile._replace(BLOCK_N=32))
+    facts = {tune.Candidate(64, "dense", "fwd", tile): {}, slow: {"refused": "it spills"}}
+    with ThreadPoolExecutor(1) as pool:
+        winner = tune.best(list(facts), facts, HostWatch(), pool, 90)
+    assert winner is not None and winner.tile == tile._replace(RESIDENT=expected)
+    assert [known.get("refused") for known in facts.values()] == [None, "it spills", None, "it spills"]
 
 
 def test_the_grid_is_the_one_of_the_papers():

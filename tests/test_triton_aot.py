@@ -50,10 +50,12 @@ def test_tuning_compiles_its_candidates():
         "found = [tune.compiles(tune.Candidate(64, kind, phase, tile), 90) for kind, phase, tile in ("
         "('dense', 'fwd', tune.tuning.Tile(128, 64, 4, 2)), ('pairs', 'dkdv', tune.tuning.Tile(64, 64, 4, 2)),"
         "('dense', 'fwd', tune.tuning.Tile(128, 128, 4, 4)))];"
+        "found += [tune.compiles(c, 90) for c in tune.persistent("
+        "tune.Candidate(64, 'dense', 'dkdv', tune.tuning.Tile(64, 128, 8, 2)))];"
         "print(json.dumps(found))"
     )
     done = _run("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert all(0 < facts["registers"] <= 255 and facts["shared"] > 0 for facts in found if "registers" in facts)
-    assert "refused" not in found[0], found
+    assert "refused" not in found[0] and all("refused" not in resident for resident in found[3:]), found

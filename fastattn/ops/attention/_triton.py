@@ -55,22 +55,28 @@ def _constants(spec: Any, tile: tuning.Tile, tail: bool, sides: tuple[bool, ...]
 
 
 class _Plan(NamedTuple):
-    """What follows from a call without its tensors: of a kernel's numbers, those after the strides and after lse's."""
+    """What follows from a call without its tensors: of a kernel's numbers, those after the strides and after lse's.
+
+    works: of a persistent grid, the number of blocks
+    """
 
     grid: tuple[int, ...]
+    works: int | None
     sizes: tuple[int, ...]
     scores: tuple[float | None, ...]
     constants: dict[str, Any]
 
 
 @functools.lru_cache(4096)
-def _plan(spec: Any, tile: tuning.Tile, by_keys: bool, sides: tuple[bool, ...], tf32: bool) -> _Plan:
-    """For a kernel whose programs own a block of queries, or of keys."""
+def _plan(spec: Any, tile: tuning.Tile, by_keys: bool, sides: tuple[bool, ...], tf32: bool, resident: int) -> _Plan:
+    """For a kernel whose programs own a block of queries, or of keys; `resident` of them do all, or 0: one does one."""
     blocks = -(-spec.seqlen_k // tile.BLOCK_N) if by_keys else -(-spec.seqlen_q // tile.BLOCK_M)
     tail = spec.seqlen_q % tile.BLOCK_M if by_keys else spec.seqlen_k % tile.BLOCK_N
     heads = spec.nheads_k if by_keys else spec.nheads
+    works = blocks * heads * spec.batch
     return _Plan(
-        (blocks * heads * spec.batch,),
+        (min(works, resident or works),),
+        works if resident else None,
         (heads, spec.seqlen_q, spec.seqlen_k, blocks),
         (
             edge(spec.left, spec), edge(spec.right, spec), float(spec.scale), _float(spec.softcap),
@@ -82,7 +88,8 @@ def _plan(spec: Any, tile: tuning.Tile, by_keys: bool, sides: tuple[bool, ...], 
 
 def _plan_of(spec: Any, tile: tuning.Tile, by_keys: bool, mask: Tensor | None, bias: Tensor | None) -> _Plan:
     sides = _SIDELESS if mask is None and bias is None else (*_sides(mask), *_sides(bias))
-    return _plan(spec, tile, by_keys, sides, _tf32(spec))
+    resident = tile.RESIDENT and tile.RESIDENT * launch.sms(torch.device(spec.device))
+    return _plan(spec, tile, by_keys, sides, _tf32(spec), resident)
 
 
 def _tf32(spec: Any) -> bool:
@@ -120,7 +127,7 @@ def forward(
     )  # fmt: skip
     numbers = (
         *strides(q), *strides(k), *strides(v), *_pair_strides(mask), *_pair_strides(bias),
-        _slopes_stride(alibi_slopes), *plan.sizes, lse.shape[-1], *plan.scores,
+        _slopes_stride(alibi_slopes), *plan.sizes, lse.shape[-1], *plan.scores, plan.works,
     )  # fmt: skip
     launch.run(
         attention_fwd_kernel, plan.grid, tensors, numbers, plan.constants, num_warps=tile.num_warps,
@@ -185,7 +192,7 @@ def backward(
         attention_bwd_dq_kernel,
         plan.grid,
         (*inputs, dq, full, *options),
-        (*places, *_pair_strides(full)[:3], *pairs, *plan.sizes, lse.shape[-1], *plan.scores),
+        (*places, *_pair_strides(full)[:3], *pairs, *plan.sizes, lse.shape[-1], *plan.scores, plan.works),
         plan.constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -196,7 +203,7 @@ def backward(
         attention_bwd_dkdv_kernel,
         plan.grid,
         (*inputs, dk, dv, *options),
-        (*places, *pairs, *plan.sizes, lse.shape[-1], *plan.scores),
+        (*places, *pairs, *plan.sizes, lse.shape[-1], *plan.scores, plan.works),
         plan.constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

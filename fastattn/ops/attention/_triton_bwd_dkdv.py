@@ -207,8 +207,9 @@ def _dkdv_again(
             _store_slice(dk_ptr, dk_n, n, seqlen_k, d0, part * scale, LOST_M, SLICE, HEADDIM, zero)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_n", "lse_stride", "left", "right", "threshold"])
-def attention_bwd_dkdv_kernel(
+@triton.jit
+def _block(
+    work, works, zero,
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr, slopes_ptr, cu_q_ptr,
     cu_k_ptr, philox_ptr,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h,
@@ -219,16 +220,11 @@ def attention_bwd_dkdv_kernel(
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys of one head of k and v: a walk over the queries of all heads that read it.
-
-    Grid: blocks_n · nheads_k · batch; with a right edge the first keys have the longest walk. Registers: dk, dv
-    [BLOCK_N, headdim], s and dp transposed [BLOCK_N, BLOCK_M] in float32; shared memory: k, v, and num_stages tiles of
-    q and do. Bound by the tensor cores: 8 · headdim flops per pair.
-    """
-    pid = tl.program_id(0)
-    n0 = pid % blocks_n * BLOCK_N
-    hk = pid // blocks_n % nheads_k
-    b = pid // blocks_n // nheads_k
+    """Block `work` of all. works: how many, in a persistent grid; there zero is of `still_zero`, so that no address is
+    kept from one block for the next."""
+    n0 = work % blocks_n * BLOCK_N
+    hk = work // blocks_n % nheads_k
+    b = work // blocks_n // nheads_k
     h = hk * GROUP
     nheads = nheads_k * GROUP
     row = b.to(tl.int64)
@@ -244,7 +240,9 @@ def attention_bwd_dkdv_kernel(
         start_k = tl.load(cu_k_ptr + b)
         seqlen_q = tl.load(cu_q_ptr + b + 1) - start_q
         seqlen_k = tl.load(cu_k_ptr + b + 1) - start_k
-        if n0 >= seqlen_k:
+        if works is not None:
+            seqlen_q = tl.where(n0 < seqlen_k, seqlen_q, 0)  # a block beyond its sequence walks over nothing
+        elif n0 >= seqlen_k:
             return
         first_row = start_k.to(tl.int64)
         first_lse = h.to(tl.int64) * lse_stride + start_q
@@ -263,8 +261,8 @@ def attention_bwd_dkdv_kernel(
     if slopes_ptr is not None:
         slopes_ptr += row * slopes_b + h
 
-    k_tile, k2_tile = load_block(k_head, k_n, n0, seqlen_k, BLOCK_N, D, D2, HEADDIM, True)
-    v_tile, v2_tile = load_block(v_head, v_n, n0, seqlen_k, BLOCK_N, DV, DV2, HEADDIM_V, True)
+    k_tile, k2_tile = load_block(k_head, k_n, n0, seqlen_k, BLOCK_N, D, D2, HEADDIM, True, zero)
+    v_tile, v2_tile = load_block(v_head, v_n, n0, seqlen_k, BLOCK_N, DV, DV2, HEADDIM_V, True, zero)
     n1 = tl.minimum(n0 + BLOCK_N, seqlen_k)
     lo, before, whole, after = query_range(n0, n1, diagonal, left, right, seqlen_q, BLOCK_M)
     if not WHOLE:
@@ -280,7 +278,6 @@ def attention_bwd_dkdv_kernel(
     TWICE: tl.constexpr = k_ptr.dtype.element_ty == tl.float32 and not TF32 and D + D2 + DV + DV2 > 512
     dk, dk2 = zero_block(BLOCK_N, D, D2)
     dv, dv2 = zero_block(BLOCK_N, DV, DV2)
-    zero = 0
     lost = False
     for turn in tl.static_range(2 if TWICE else 1):  # dv, then dk: wide float32 rows take too many registers at once
         if MASKED:
@@ -312,8 +309,8 @@ def attention_bwd_dkdv_kernel(
             dv, dv2 = zero_block(BLOCK_N, DV, DV2)
     if lost:
         if ANEW:
-            hk = (pid + zero) // blocks_n % nheads_k
-            b = (pid + zero) // blocks_n // nheads_k
+            hk = (work + zero) // blocks_n % nheads_k
+            b = (work + zero) // blocks_n // nheads_k
             q_head, k_head, v_head, do_head = heads(
                 q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b,
                 hk * GROUP, hk, cu_q_ptr, cu_k_ptr, GROUP,
@@ -329,3 +326,44 @@ def attention_bwd_dkdv_kernel(
         _dk_store(dk, dk2, dk_ptr, dk_n, n0, seqlen_k, scale, HEADDIM, BLOCK_N, D, D2, zero)
         if not TWICE:
             _dv_store(dv, dv2, dv_ptr, dv_n, n0, seqlen_k, upscale, HEADDIM_V, BLOCK_N, DV, DV2, zero)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_n", "lse_stride", "left", "right", "threshold", "works"])
+def attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr, slopes_ptr, cu_q_ptr,
+    cu_k_ptr, philox_ptr,
+    q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h,
+    mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n,
+    slopes_b, nheads_k, seqlen_q, seqlen_k, blocks_n, lse_stride, left, right, scale, softcap, threshold, upscale, works,
+    GROUP: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, UPPER_LEFT: tl.constexpr, FOLD: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, ANEW: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys of one head of k and v: a walk over the queries of all heads that read it.
+
+    Grid: blocks_n · nheads_k · batch; with a right edge the first keys have the longest walk. Registers: dk, dv
+    [BLOCK_N, headdim], s and dp transposed [BLOCK_N, BLOCK_M] in float32; shared memory: k, v, and num_stages tiles of
+    q and do. Bound by the tensor cores: 8 · headdim flops per pair.
+    """
+    zero = 0
+    if works is None:
+        _block(
+            tl.program_id(0), works, zero, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr,
+            bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, philox_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b,
+            do_m, do_h, mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n, slopes_b, nheads_k, seqlen_q,
+            seqlen_k, blocks_n, lse_stride, left, right, scale, softcap, threshold, upscale, GROUP, HEADDIM, HEADDIM_V,
+            UPPER_LEFT, FOLD, MASKED, WHOLE, ANEW, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, TF32, BLOCK_M, BLOCK_N,
+            D, D2, DV, DV2,
+        )  # fmt: skip
+    else:
+        for work in tl.range(tl.program_id(0), works, tl.num_programs(0), num_stages=1):
+            zero = still_zero(zero, work)
+            _block(
+                work, works, zero, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr,
+                slopes_ptr, cu_q_ptr, cu_k_ptr, philox_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m,
+                do_h, mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n, slopes_b, nheads_k, seqlen_q,
+                seqlen_k, blocks_n, lse_stride, left, right, scale, softcap, threshold, upscale, GROUP, HEADDIM,
+                HEADDIM_V, UPPER_LEFT, FOLD, MASKED, WHOLE, ANEW, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, TF32,
+                BLOCK_M, BLOCK_N, D, D2, DV, DV2,
+            )  # fmt: skip

@@ -125,8 +125,9 @@ def _dq_again(
         _dq_store(dq, dq2, dq_ptr, dq_m, m, seqlen_q, scale, HEADDIM, LOST_M, D, D2, zero)
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_m", "lse_stride", "left", "right", "threshold"])
-def attention_bwd_dq_kernel(
+@triton.jit
+def _block(
+    work, works, zero,
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dbias_ptr, mask_ptr, bias_ptr, slopes_ptr, cu_q_ptr,
     cu_k_ptr, philox_ptr,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, dbias_b, dbias_h, dbias_m,
@@ -137,18 +138,13 @@ def attention_bwd_dq_kernel(
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries of one head, and their rows of a full-size dbias.
-
-    Grid: blocks_m · nheads · batch, in the forward's order. Registers: dq [BLOCK_M, D + D2], s and dp
-    [BLOCK_M, BLOCK_N] in float32; shared memory: q, do, and num_stages tiles of k and v. Bound by the tensor cores:
-    6 · headdim flops per pair.
-    """
-    pid = tl.program_id(0)
-    block = pid % blocks_m
+    """Block `work` of all. works: how many, in a persistent grid; there zero is of `still_zero`, so that no address is
+    kept from one block for the next."""
+    block = work % blocks_m
     if right is not None:
         block = blocks_m - 1 - block
-    h = pid // blocks_m % nheads
-    b = pid // blocks_m // nheads
+    h = work // blocks_m % nheads
+    b = work // blocks_m // nheads
     m0 = block * BLOCK_M
     row = b.to(tl.int64)
     q_head, k_head, v_head, do_head = heads(
@@ -163,7 +159,9 @@ def attention_bwd_dq_kernel(
         start_k = tl.load(cu_k_ptr + b)
         seqlen_q = tl.load(cu_q_ptr + b + 1) - start_q
         seqlen_k = tl.load(cu_k_ptr + b + 1) - start_k
-        if m0 >= seqlen_q:
+        if works is not None:
+            seqlen_k = tl.where(m0 < seqlen_q, seqlen_k, 0)  # a block beyond its sequence walks over nothing
+        elif m0 >= seqlen_q:
             return
         first_row = start_q.to(tl.int64)
         first_lse = h.to(tl.int64) * lse_stride + start_q
@@ -183,8 +181,8 @@ def attention_bwd_dq_kernel(
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + row * slopes_b + h)
 
-    q_tile, q2_tile = load_block(q_head, q_m, m0, seqlen_q, BLOCK_M, D, D2, HEADDIM, True)
-    do_tile, do2_tile = load_block(do_head, do_m, m0, seqlen_q, BLOCK_M, DV, DV2, HEADDIM_V, True)
+    q_tile, q2_tile = load_block(q_head, q_m, m0, seqlen_q, BLOCK_M, D, D2, HEADDIM, True, zero)
+    do_tile, do2_tile = load_block(do_head, do_m, m0, seqlen_q, BLOCK_M, DV, DV2, HEADDIM_V, True, zero)
     i = tl.arange(0, BLOCK_M)
     lse = tl.load(lse_ptr + m0 + i, mask=m0 + i < seqlen_q, other=0.0)
     delta = tl.load(delta_ptr + m0 + i, mask=m0 + i < seqlen_q, other=0.0)
@@ -199,7 +197,6 @@ def attention_bwd_dq_kernel(
         )  # fmt: skip
         lo += hidden * BLOCK_N
     dq, dq2 = zero_block(BLOCK_M, D, D2)
-    zero = 0
     if MASKED:
         dq, dq2, zero = _dq_walk(
             dq, dq2, q_tile, q2_tile, do_tile, do2_tile, lse, delta, q_head, k_head, v_head, do_head, q_m, k_n, v_n,
@@ -235,3 +232,44 @@ def attention_bwd_dq_kernel(
         )  # fmt: skip
     else:
         _dq_store(dq, dq2, dq_ptr, dq_m, m0, seqlen_q, scale, HEADDIM, BLOCK_M, D, D2, zero)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_m", "lse_stride", "left", "right", "threshold", "works"])
+def attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dbias_ptr, mask_ptr, bias_ptr, slopes_ptr, cu_q_ptr,
+    cu_k_ptr, philox_ptr,
+    q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, dbias_b, dbias_h, dbias_m,
+    mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n,
+    slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride, left, right, scale, softcap, threshold, upscale, works,
+    GROUP: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, UPPER_LEFT: tl.constexpr, FOLD: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, ANEW: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_M queries of one head, and their rows of a full-size dbias.
+
+    Grid: blocks_m · nheads · batch, in the forward's order. Registers: dq [BLOCK_M, D + D2], s and dp
+    [BLOCK_M, BLOCK_N] in float32; shared memory: q, do, and num_stages tiles of k and v. Bound by the tensor cores:
+    6 · headdim flops per pair.
+    """
+    zero = 0
+    if works is None:
+        _block(
+            tl.program_id(0), works, zero, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dbias_ptr,
+            mask_ptr, bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, philox_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n,
+            v_h, do_b, do_m, do_h, dbias_b, dbias_h, dbias_m, mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m,
+            bias_n, slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride, left, right, scale, softcap, threshold,
+            upscale, GROUP, HEADDIM, HEADDIM_V, UPPER_LEFT, FOLD, MASKED, WHOLE, ANEW, MASK_ROWS, MASK_COLS, BIAS_ROWS,
+            BIAS_COLS, TF32, BLOCK_M, BLOCK_N, D, D2, DV, DV2,
+        )  # fmt: skip
+    else:
+        for work in tl.range(tl.program_id(0), works, tl.num_programs(0), num_stages=1):
+            zero = still_zero(zero, work)
+            _block(
+                work, works, zero, q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, dbias_ptr, mask_ptr,
+                bias_ptr, slopes_ptr, cu_q_ptr, cu_k_ptr, philox_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
+                do_b, do_m, do_h, dbias_b, dbias_h, dbias_m, mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m,
+                bias_n, slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride, left, right, scale, softcap,
+                threshold, upscale, GROUP, HEADDIM, HEADDIM_V, UPPER_LEFT, FOLD, MASKED, WHOLE, ANEW, MASK_ROWS,
+                MASK_COLS, BIAS_ROWS, BIAS_COLS, TF32, BLOCK_M, BLOCK_N, D, D2, DV, DV2,
+            )  # fmt: skip

@@ -214,8 +214,9 @@ def _heads(
     return q_ptr, k_ptr, v_ptr
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_m", "lse_stride", "left", "right", "threshold"])
-def attention_fwd_kernel(
+@triton.jit
+def _block(
+    work, works, zero,
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, mask_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, philox_ptr,
     q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n,
     slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride, left, right, scale, softcap, threshold, upscale,
@@ -224,20 +225,13 @@ def attention_fwd_kernel(
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
 ):  # fmt: skip
-    """o and lse of BLOCK_M queries of one head: an online softmax over the tiles of keys they see.
-
-    Grid: blocks_m · nheads · batch; blocks of one head are neighbours, and so are the heads that share keys. With a
-    right edge the longest blocks come first. Registers: acc [BLOCK_M, D + D2] and s [BLOCK_M, BLOCK_N] in float32;
-    shared memory: q, and num_stages tiles of k and v. Bound by the tensor cores: 4 · headdim flops per pair.
-    MASKED, WHOLE: whether there can be tiles that need a test for each pair, and tiles that need none.
-    Dao, FlashAttention-2, arXiv:2307.08691.
-    """
-    pid = tl.program_id(0)
-    block = pid % blocks_m
+    """Block `work` of all. works: how many, in a persistent grid; there zero is of `still_zero`, so that no address is
+    kept from one block for the next."""
+    block = work % blocks_m
     if right is not None:
         block = blocks_m - 1 - block
-    h = pid // blocks_m % nheads
-    b = pid // blocks_m // nheads
+    h = work // blocks_m % nheads
+    b = work // blocks_m // nheads
     m0 = block * BLOCK_M
     row = b.to(tl.int64)
     q_head, k_head, v_head = _heads(
@@ -251,7 +245,9 @@ def attention_fwd_kernel(
         start_k = tl.load(cu_k_ptr + b)
         seqlen_q = tl.load(cu_q_ptr + b + 1) - start_q
         seqlen_k = tl.load(cu_k_ptr + b + 1) - start_k
-        if m0 >= seqlen_q:
+        if works is not None:
+            seqlen_k = tl.where(m0 < seqlen_q, seqlen_k, 0)  # a block beyond its sequence walks over nothing
+        elif m0 >= seqlen_q:
             return
         o_row = start_q.to(tl.int64)
         lse_ptr += h.to(tl.int64) * lse_stride + o_row
@@ -271,7 +267,7 @@ def attention_fwd_kernel(
         sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
 
     m1 = tl.minimum(m0 + BLOCK_M, seqlen_q)
-    q_tile, q2_tile = _load_q(q_head, q_m, m0, seqlen_q, HEADDIM, BLOCK_M, D, D2)
+    q_tile, q2_tile = _load_q(q_head, q_m, m0, seqlen_q, HEADDIM, BLOCK_M, D, D2, zero)
     lo, before, whole, after = key_range(m0, m1, diagonal, left, right, seqlen_k, BLOCK_N)
     if not WHOLE:
         before, whole, after = before + whole + after, 0, 0
@@ -283,7 +279,6 @@ def attention_fwd_kernel(
         )
         lo += hidden * BLOCK_N
     acc, acc2, top, total = _start(sink, BLOCK_M, DV, DV2)
-    zero = 0
     if MASKED:
         acc, acc2, top, total, zero = _walk(
             acc, acc2, top, total, q_tile, q2_tile, q_head, k_head, v_head, q_m, k_n, v_n, mask_ptr, mask_m, mask_n,
@@ -317,6 +312,45 @@ def attention_fwd_kernel(
         )  # fmt: skip
     else:
         _finish(acc, acc2, top, total, o_ptr, o_m, lse_ptr, m0, seqlen_q, upscale, HEADDIM_V, BLOCK_M, DV, DV2, zero)
+
+
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_m", "lse_stride", "left", "right", "threshold", "works"])
+def attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, mask_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, philox_ptr,
+    q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b, mask_h, mask_m, mask_n, bias_b, bias_h, bias_m, bias_n,
+    slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride, left, right, scale, softcap, threshold, upscale, works,
+    GROUP: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, UPPER_LEFT: tl.constexpr, FOLD: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, ANEW: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
+):  # fmt: skip
+    """o and lse of BLOCK_M queries of one head: an online softmax over the tiles of keys they see.
+
+    Grid: blocks_m · nheads · batch; blocks of one head are neighbours, and so are the heads that share keys. With a
+    right edge the longest blocks come first. Registers: acc [BLOCK_M, D + D2] and s [BLOCK_M, BLOCK_N] in float32;
+    shared memory: q, and num_stages tiles of k and v. Bound by the tensor cores: 4 · headdim flops per pair.
+    MASKED, WHOLE: whether there can be tiles that need a test for each pair, and tiles that need none.
+    Dao, FlashAttention-2, arXiv:2307.08691.
+    """
+    zero = 0
+    if works is None:
+        _block(
+            tl.program_id(0), works, zero, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, mask_ptr, bias_ptr, slopes_ptr,
+            sinks_ptr, cu_q_ptr, cu_k_ptr, philox_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b, mask_h,
+            mask_m, mask_n, bias_b, bias_h, bias_m, bias_n, slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride,
+            left, right, scale, softcap, threshold, upscale, GROUP, HEADDIM, HEADDIM_V, UPPER_LEFT, FOLD, MASKED,
+            WHOLE, ANEW, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, TF32, BLOCK_M, BLOCK_N, D, D2, DV, DV2,
+        )  # fmt: skip
+    else:
+        for work in tl.range(tl.program_id(0), works, tl.num_programs(0), num_stages=1):
+            zero = still_zero(zero, work)
+            _block(
+                work, works, zero, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, mask_ptr, bias_ptr, slopes_ptr, sinks_ptr,
+                cu_q_ptr, cu_k_ptr, philox_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, mask_b, mask_h, mask_m,
+                mask_n, bias_b, bias_h, bias_m, bias_n, slopes_b, nheads, seqlen_q, seqlen_k, blocks_m, lse_stride,
+                left, right, scale, softcap, threshold, upscale, GROUP, HEADDIM, HEADDIM_V, UPPER_LEFT, FOLD, MASKED,
+                WHOLE, ANEW, MASK_ROWS, MASK_COLS, BIAS_ROWS, BIAS_COLS, TF32, BLOCK_M, BLOCK_N, D, D2, DV, DV2,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "blocks_m", "blocks_n", "left", "right"])

@@ -13,6 +13,8 @@ from fastattn.runtime import launch
 class Tile(NamedTuple):
     """BLOCK_M queries by BLOCK_N keys, and how Triton compiles the kernel.
 
+    RESIDENT  so many programs per multiprocessor do one block after the other (a persistent grid); 0: each does one
+
     Where registers are short:
     ANEW      addresses are computed where they are used, not once: in each step of a masked walk, and for each walk
     ONE_WALK  where some tiles need a test for each pair, all are walked over as if they did
@@ -24,6 +26,7 @@ class Tile(NamedTuple):
     num_stages: int
     ANEW: bool = False
     ONE_WALK: bool = False
+    RESIDENT: int = 0
 
 
 class Row(NamedTuple):
@@ -48,6 +51,7 @@ class Row(NamedTuple):
         tiles = (
             f"{name} {t.BLOCK_M}x{t.BLOCK_N}, {t.num_warps} warps, {t.num_stages} stages"
             f"{', addresses anew' * t.ANEW}{', one walk' * t.ONE_WALK}"
+            f"{f', {t.RESIDENT} resident' if t.RESIDENT else ''}"
             for name, t in self._tiles()
         )
         return f"{'; '.join(tiles)} ({self.source})"
