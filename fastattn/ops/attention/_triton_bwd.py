@@ -124,31 +124,3 @@ def accumulate(acc, acc2, w, x, x2, seen, D2: tl.constexpr, TF32: tl.constexpr, 
 @triton.jit
 def zero_block(ROWS: tl.constexpr, D: tl.constexpr, D2: tl.constexpr):
     return tl.zeros((ROWS, D), tl.float32), tl.zeros((ROWS, D2 if D2 > 0 else 1), tl.float32)
-
-
-@triton.jit
-def heads(
-    q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b, h, hk, cu_q_ptr,
-    cu_k_ptr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Row 0 of head h of q and do, and of head hk of k and v, in sequence b. hk: None where it follows from h."""
-    row = b.to(tl.int64)
-    q_ptr += h.to(tl.int64) * q_h
-    do_ptr += h.to(tl.int64) * do_h
-    if hk is None:
-        hk = h // GROUP
-    k_ptr += hk.to(tl.int64) * k_h
-    v_ptr += hk.to(tl.int64) * v_h
-    if cu_q_ptr is None:
-        q_ptr += row * q_b
-        do_ptr += row * do_b
-        k_ptr += row * k_b
-        v_ptr += row * v_b
-    else:
-        start_q = tl.load(cu_q_ptr + b).to(tl.int64)
-        start_k = tl.load(cu_k_ptr + b).to(tl.int64)
-        q_ptr += start_q * q_m
-        do_ptr += start_q * do_m
-        k_ptr += start_k * k_n
-        v_ptr += start_k * v_n
-    return q_ptr, k_ptr, v_ptr, do_ptr

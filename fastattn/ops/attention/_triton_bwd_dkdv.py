@@ -8,7 +8,6 @@ import triton.language as tl
 from fastattn.ops.attention._triton_bwd import (
     accumulate,
     before_softcap,
-    heads,
     load_block,
     probabilities,
     score_gradient,
@@ -20,6 +19,7 @@ from fastattn.ops.attention._triton_score import (
     any_lost,
     dot_rows,
     dot_seen,
+    head_of,
     kept,
     load_pairs,
     load_slice,
@@ -93,7 +93,7 @@ def _dkdv_walk(
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + g)
         p, t, visible = probabilities(
-            s, lse[None, :], m0 + i, n0 + j, seen, bias, slope, seqlen_q, seqlen_k, diagonal, left, right, scale,
+            s, lse[None, :], m0 + here + i, n0 + here + j, seen, bias, slope, seqlen_q, seqlen_k, diagonal, left, right, scale,
             softcap, FOLD, k_tile.dtype == tl.float32, MASKED,
         )  # fmt: skip
         keep = None
@@ -228,10 +228,10 @@ def _block(
     h = hk * GROUP
     nheads = nheads_k * GROUP
     row = b.to(tl.int64)
-    q_head, k_head, v_head, do_head = heads(
-        q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b, h, hk,
-        cu_q_ptr, cu_k_ptr, GROUP,
-    )  # fmt: skip
+    q_head = head_of(q_ptr, q_b, q_m, q_h, b, h, cu_q_ptr)
+    k_head = head_of(k_ptr, k_b, k_n, k_h, b, hk, cu_k_ptr)
+    v_head = head_of(v_ptr, v_b, v_n, v_h, b, hk, cu_k_ptr)
+    do_head = head_of(do_ptr, do_b, do_m, do_h, b, h, cu_q_ptr)
     if cu_q_ptr is None:
         first_row = row * seqlen_k
         first_lse = (row * nheads + h) * lse_stride
@@ -311,10 +311,10 @@ def _block(
         if ANEW:
             hk = (work + zero) // blocks_n % nheads_k
             b = (work + zero) // blocks_n // nheads_k
-            q_head, k_head, v_head, do_head = heads(
-                q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b,
-                hk * GROUP, hk, cu_q_ptr, cu_k_ptr, GROUP,
-            )  # fmt: skip
+            q_head = head_of(q_ptr, q_b, q_m, q_h, b, hk * GROUP, cu_q_ptr)
+            k_head = head_of(k_ptr, k_b, k_n, k_h, b, hk, cu_k_ptr)
+            v_head = head_of(v_ptr, v_b, v_n, v_h, b, hk, cu_k_ptr)
+            do_head = head_of(do_ptr, do_b, do_m, do_h, b, hk * GROUP, cu_q_ptr)
         _dkdv_again(
             q_head, k_head, v_head, do_head, dk_ptr, dv_ptr, lse_ptr, delta_ptr, q_m, q_h, k_n, v_n, do_m, do_h, dk_n,
             dv_n, lse_stride, mask_ptr, mask_h, mask_m, mask_n, bias_ptr, bias_h, bias_m, bias_n, slopes_ptr,

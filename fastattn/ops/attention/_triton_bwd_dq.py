@@ -8,7 +8,6 @@ import triton.language as tl
 from fastattn.ops.attention._triton_bwd import (
     accumulate,
     before_softcap,
-    heads,
     load_block,
     probabilities,
     score_gradient,
@@ -19,6 +18,7 @@ from fastattn.ops.attention._triton_score import (
     LOST_N,
     any_lost,
     dot_rows,
+    head_of,
     kept,
     key_range,
     load_pairs,
@@ -60,7 +60,7 @@ def _dq_walk(
         if bias_ptr is not None:
             bias = load_pairs(bias_ptr, bias_m, bias_n, m0, n0, i, j, seqlen_q, seqlen_k, BIAS_ROWS, BIAS_COLS, True)
         p, t, visible = probabilities(
-            s, lse[:, None], m0 + i, n0 + j, seen, bias, slope, seqlen_q, seqlen_k, diagonal, left, right, scale,
+            s, lse[:, None], m0 + zero + i, n0 + zero + j, seen, bias, slope, seqlen_q, seqlen_k, diagonal, left, right, scale,
             softcap, FOLD, q_tile.dtype == tl.float32, MASKED,
         )  # fmt: skip
         v_tile, v2_tile = load_block(v_ptr, v_n, n0, seqlen_k, BLOCK_N, DV, DV2, HEADDIM_V, MASKED, zero)
@@ -147,10 +147,10 @@ def _block(
     b = work // blocks_m // nheads
     m0 = block * BLOCK_M
     row = b.to(tl.int64)
-    q_head, k_head, v_head, do_head = heads(
-        q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b, h, None,
-        cu_q_ptr, cu_k_ptr, GROUP,
-    )  # fmt: skip
+    q_head = head_of(q_ptr, q_b, q_m, q_h, b, h, cu_q_ptr)
+    k_head = head_of(k_ptr, k_b, k_n, k_h, b, h // GROUP, cu_k_ptr)
+    v_head = head_of(v_ptr, v_b, v_n, v_h, b, h // GROUP, cu_k_ptr)
+    do_head = head_of(do_ptr, do_b, do_m, do_h, b, h, cu_q_ptr)
     if cu_q_ptr is None:
         first_row = row * seqlen_q
         first_lse = (row * nheads + h) * lse_stride
@@ -220,10 +220,10 @@ def _block(
             lost = lost | any_lost(dq2)
     if lost:
         if ANEW:
-            q_head, k_head, v_head, do_head = heads(
-                q_ptr, k_ptr, v_ptr, do_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, do_b, do_m, do_h, b + zero,
-                h + zero, None, cu_q_ptr, cu_k_ptr, GROUP,
-            )  # fmt: skip
+            q_head = head_of(q_ptr, q_b, q_m, q_h, b + zero, h + zero, cu_q_ptr)
+            k_head = head_of(k_ptr, k_b, k_n, k_h, b + zero, (h + zero) // GROUP, cu_k_ptr)
+            v_head = head_of(v_ptr, v_b, v_n, v_h, b + zero, (h + zero) // GROUP, cu_k_ptr)
+            do_head = head_of(do_ptr, do_b, do_m, do_h, b + zero, h + zero, cu_q_ptr)
         _dq_again(
             q_head, k_head, v_head, do_head, dq_ptr, lse_ptr, delta_ptr, q_m, k_n, v_n, do_m, dq_m, mask_ptr, mask_m,
             mask_n, bias_ptr, bias_m, bias_n, slope, philox_ptr, head, m0, m1, seqlen_q, seqlen_k, diagonal, left,

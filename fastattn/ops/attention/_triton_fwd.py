@@ -15,6 +15,7 @@ from fastattn.ops.attention._triton_score import (
     dot,
     dot_rows,
     dot_seen,
+    head_of,
     kept,
     key_range,
     load_pairs,
@@ -194,27 +195,6 @@ def _again(
 
 
 @triton.jit
-def _heads(
-    q_ptr, k_ptr, v_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, b, h, cu_q_ptr, cu_k_ptr, GROUP: tl.constexpr
-):  # fmt: skip
-    """Row 0 of head h of q, and of the head of k and v that it reads, in sequence b."""
-    row = b.to(tl.int64)
-    q_ptr += h.to(tl.int64) * q_h
-    k_ptr += (h // GROUP).to(tl.int64) * k_h
-    v_ptr += (h // GROUP).to(tl.int64) * v_h
-    if cu_q_ptr is None:
-        q_ptr += row * q_b
-        k_ptr += row * k_b
-        v_ptr += row * v_b
-    else:
-        start_k = tl.load(cu_k_ptr + b).to(tl.int64)
-        q_ptr += tl.load(cu_q_ptr + b).to(tl.int64) * q_m
-        k_ptr += start_k * k_n
-        v_ptr += start_k * v_n
-    return q_ptr, k_ptr, v_ptr
-
-
-@triton.jit
 def _block(
     work, works, zero,
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, mask_ptr, bias_ptr, slopes_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, philox_ptr,
@@ -234,9 +214,9 @@ def _block(
     b = work // blocks_m // nheads
     m0 = block * BLOCK_M
     row = b.to(tl.int64)
-    q_head, k_head, v_head = _heads(
-        q_ptr, k_ptr, v_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, b, h, cu_q_ptr, cu_k_ptr, GROUP
-    )
+    q_head = head_of(q_ptr, q_b, q_m, q_h, b, h, cu_q_ptr)
+    k_head = head_of(k_ptr, k_b, k_n, k_h, b, h // GROUP, cu_k_ptr)
+    v_head = head_of(v_ptr, v_b, v_n, v_h, b, h // GROUP, cu_k_ptr)
     if cu_q_ptr is None:
         o_row = row * seqlen_q
         lse_ptr += (row * nheads + h) * lse_stride
@@ -300,10 +280,9 @@ def _block(
             lost = lost | any_lost(acc2)
     if lost:
         if ANEW:
-            q_head, k_head, v_head = _heads(
-                q_ptr, k_ptr, v_ptr, q_b, q_m, q_h, k_b, k_n, k_h, v_b, v_n, v_h, b + zero, h + zero, cu_q_ptr,
-                cu_k_ptr, GROUP,
-            )  # fmt: skip
+            q_head = head_of(q_ptr, q_b, q_m, q_h, b + zero, h + zero, cu_q_ptr)
+            k_head = head_of(k_ptr, k_b, k_n, k_h, b + zero, (h + zero) // GROUP, cu_k_ptr)
+            v_head = head_of(v_ptr, v_b, v_n, v_h, b + zero, (h + zero) // GROUP, cu_k_ptr)
         _again(
             q_head, k_head, v_head, o_ptr, lse_ptr, q_m, k_n, v_n, o_m, mask_ptr, mask_m, mask_n, bias_ptr, bias_m,
             bias_n, slope, sink, philox_ptr, head, m0, m1, seqlen_q, seqlen_k, diagonal, left, right, scale, softcap,

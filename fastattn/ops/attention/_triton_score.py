@@ -140,6 +140,17 @@ def still_zero(zero, position):
 
 
 @triton.jit
+def head_of(ptr, stride_b, stride_row, stride_h, b, h, cu_ptr):
+    """Row 0 of head h in sequence b; packed sequences begin at the rows of cu_ptr."""
+    ptr += h.to(tl.int64) * stride_h
+    if cu_ptr is None:
+        ptr += b.to(tl.int64) * stride_b
+    else:
+        ptr += tl.load(cu_ptr + b).to(tl.int64) * stride_row
+    return ptr
+
+
+@triton.jit
 def key_range(m0, m1, diagonal, left, right, seqlen_k, BLOCK_N: tl.constexpr):
     """The tiles of keys that queries [m0, m1) see, diagonal being the key that query 0 is aligned with.
 
