@@ -13,21 +13,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: interpreted kernels cannot be compiled
 sys.path.insert(0, str(Path(__file__).parent))
 
+import torch
+
 from fastattn.runtime import aot
 from fastattn.runtime.launch import Launch
 
 ROOMS = ("norm_rope", "attention", "decode")
+TENSOR = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 def distinct(room: str, arch: int, *, everything: bool) -> Iterator[Launch]:
@@ -37,12 +42,33 @@ def distinct(room: str, arch: int, *, everything: bool) -> Iterator[Launch]:
         key = aot.key(launch)
         if key not in seen:
             seen.add(key)
-            yield launch
+            yield replace(
+                launch, tensors=tuple(None if t is None else _like(t.dtype, t.data_ptr() % 16) for t in launch.tensors)
+            )
 
 
-def faults(built: aot.Compiled, launch: Launch) -> list[str]:
+@functools.cache
+def _like(dtype: torch.dtype, offset: int) -> torch.Tensor:
+    """What a kernel is specialised on, without the memory: masks and biases of all launches are 100 GB of addresses."""
+    return torch.empty(32, dtype=torch.uint8)[offset : offset + 16].view(dtype)
+
+
+def product(launch: Launch, arch: int) -> str | None:
+    """What the products of a kernel should be compiled to, None where they need no tensor cores. Those of 90 and 100
+    multiply 64 rows or more at a time; smaller tiles are left to the instruction that all have."""
+    tile = launch.constants
+    if "BLOCK_N" not in tile or (launch.tensors[0].dtype == torch.float32 and not tile["TF32"]):
+        return None
+    rows = tile["BLOCK_N" if "dkdv" in launch.kernel.__name__ else "BLOCK_M"]
+    return TENSOR[arch if rows >= 64 else 80]
+
+
+def faults(built: aot.Compiled, launch: Launch, arch: int) -> list[str]:
     """What a compiled kernel, or its launch, does wrong."""
     found = built.faults()
+    expected = product(launch, arch)
+    if expected and not built.count(expected):
+        found.append(f"no {expected} in it")
     if launch.kernel.arg_names[len(launch.args) :] != list(launch.constants):
         found.append(f"constants out of order: {list(launch.constants)}")
     return found
@@ -82,7 +108,7 @@ def _compile(index: int) -> tuple[str, bool]:
     launch, arch = _chosen[index]
     start = time.perf_counter()
     built = aot.compile_launch(launch, arch)
-    wrong = faults(built, launch)
+    wrong = faults(built, launch, arch)
     seconds = time.perf_counter() - start
     return f"{built}, {seconds:.1f} s  {_constants(launch)}  {'; '.join(wrong)}", bool(wrong)
 
