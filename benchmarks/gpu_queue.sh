@@ -72,7 +72,7 @@ tests() {
   if "$python" -c "import xdist" 2> /dev/null; then
     processes=(-n $((cores > 4 ? cores * 3 / 4 : 2)) --dist worksteal --max-worker-restart 50)
   fi
-  within "$(left)" "$python" -m pytest -q -rfE --tb=short --maxfail=100 "${processes[@]}" -p no:cacheprovider \
+  within "$(left)" "$python" -m pytest -rfE --tb=short --maxfail=100 "${processes[@]}" -p no:cacheprovider \
     -p fastattn.benchmarks.gpu.pytest_plugin -o faulthandler_timeout=120 -o faulthandler_exit_on_timeout=true "$@"
 }
 
@@ -83,7 +83,7 @@ sanitize() {
   local tool worst=0
   for tool in memcheck racecheck; do # torch's caching allocator would hide an access beyond a tensor in its own blocks
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 within "$(($(left) / 2))" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py -k sanitizer || worst=$?
+      "$python" -m pytest -p no:cacheprovider tests/test_gpu.py -k sanitizer || worst=$?
   done
   return "$worst"
 }
