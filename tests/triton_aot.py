@@ -57,7 +57,7 @@ def product(launch: Launch, arch: int) -> str | None:
     """What the products of a kernel should be compiled to, None where they need no tensor cores. Those of 90 and 100
     multiply 64 rows or more at a time; smaller tiles are left to the instruction that all have."""
     tile = launch.constants
-    if "BLOCK_N" not in tile or (launch.tensors[0].dtype == torch.float32 and not tile["TF32"]):
+    if "TF32" not in tile or (launch.tensors[0].dtype == torch.float32 and not tile["TF32"]):
         return None
     rows = tile["BLOCK_N" if "dkdv" in launch.kernel.__name__ else "BLOCK_M"]
     return TENSOR[arch if rows >= 64 else 80]

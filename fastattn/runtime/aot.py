@@ -9,7 +9,7 @@ from typing import Any
 
 from fastattn.runtime.audit import REGISTERS, dump
 from fastattn.runtime.gpu import shared_limit
-from fastattn.runtime.launch import Launch, class_of
+from fastattn.runtime.launch import OPTIONS, Launch, class_of
 
 PARKED = 16  # bytes of stack that are no fault: a scalar or two that the compiler keeps there outside the loop
 SPILLED = 160  # nor are so many, where no loop spends more than SHARE of its instructions on them
@@ -68,7 +68,7 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
 
     kernel, target = launch.kernel, GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, unbound = bind(*launch.args, **launch.constants, **options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, unbound)

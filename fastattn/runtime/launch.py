@@ -25,6 +25,7 @@ Tensor = torch.Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "yes", "on", "y")
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _OLDEST = (3, 6)
+OPTIONS = {"enable_fp_fusion": True}  # of Triton's compiler, for all kernels: 3.10 will not fuse unless asked to
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def _first(
         raise RuntimeError(
             f"launch: the constants of {kernel.__name__} must be {kernel.arg_names[len(args) :]} in order"
         )
-    compiled = kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+    how = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
+    compiled = kernel[grid](*args, **constants, **how)
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     if _version()[:2] == (3, 6) and not run.global_scratch_size and not run.profile_scratch_size:  # its own C function
         fixed = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None)
