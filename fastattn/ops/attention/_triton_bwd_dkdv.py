@@ -220,8 +220,8 @@ def _block(
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
 ):  # fmt: skip
-    """Block `work` of all. works: how many, in a persistent grid; there zero is of `still_zero`, so that no address is
-    kept from one block for the next."""
+    """Block `work` of the kernel below. works: how many there are, in a persistent grid, else None. zero: there of
+    `still_zero`, so that no address is kept from one block for the next."""
     n0 = work % blocks_n * BLOCK_N
     hk = work // blocks_n % nheads_k
     b = work // blocks_n // nheads_k
@@ -342,9 +342,9 @@ def attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one head of k and v: a walk over the queries of all heads that read it.
 
-    Grid: blocks_n · nheads_k · batch; with a right edge the first keys have the longest walk. Registers: dk, dv
-    [BLOCK_N, headdim], s and dp transposed [BLOCK_N, BLOCK_M] in float32; shared memory: k, v, and num_stages tiles of
-    q and do. Bound by the tensor cores: 8 · headdim flops per pair.
+    Grid: blocks_n · nheads_k · batch, or fewer as in the forward; with a right edge the first keys have the longest
+    walk. Registers: dk, dv [BLOCK_N, headdim], s and dp transposed [BLOCK_N, BLOCK_M] in float32; shared memory: k, v,
+    and num_stages tiles of q and do. Bound by the tensor cores: 8 · headdim flops per pair.
     """
     zero = 0
     if works is None:

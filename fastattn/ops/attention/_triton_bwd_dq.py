@@ -138,8 +138,8 @@ def _block(
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
 ):  # fmt: skip
-    """Block `work` of all. works: how many, in a persistent grid; there zero is of `still_zero`, so that no address is
-    kept from one block for the next."""
+    """Block `work` of the kernel below. works: how many there are, in a persistent grid, else None. zero: there of
+    `still_zero`, so that no address is kept from one block for the next."""
     block = work % blocks_m
     if right is not None:
         block = blocks_m - 1 - block
@@ -248,7 +248,7 @@ def attention_bwd_dq_kernel(
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head, and their rows of a full-size dbias.
 
-    Grid: blocks_m · nheads · batch, in the forward's order. Registers: dq [BLOCK_M, D + D2], s and dp
+    Grid: blocks_m · nheads · batch, in the forward's order, or fewer. Registers: dq [BLOCK_M, D + D2], s and dp
     [BLOCK_M, BLOCK_N] in float32; shared memory: q, do, and num_stages tiles of k and v. Bound by the tensor cores:
     6 · headdim flops per pair.
     """

@@ -205,8 +205,8 @@ def _block(
     BIAS_ROWS: tl.constexpr, BIAS_COLS: tl.constexpr, TF32: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, DV: tl.constexpr, DV2: tl.constexpr,
 ):  # fmt: skip
-    """Block `work` of all. works: how many, in a persistent grid; there zero is of `still_zero`, so that no address is
-    kept from one block for the next."""
+    """Block `work` of the kernel below. works: how many there are, in a persistent grid, else None. zero: there of
+    `still_zero`, so that no address is kept from one block for the next."""
     block = work % blocks_m
     if right is not None:
         block = blocks_m - 1 - block
@@ -305,9 +305,10 @@ def attention_fwd_kernel(
 ):  # fmt: skip
     """o and lse of BLOCK_M queries of one head: an online softmax over the tiles of keys they see.
 
-    Grid: blocks_m · nheads · batch; blocks of one head are neighbours, and so are the heads that share keys. With a
-    right edge the longest blocks come first. Registers: acc [BLOCK_M, D + D2] and s [BLOCK_M, BLOCK_N] in float32;
-    shared memory: q, and num_stages tiles of k and v. Bound by the tensor cores: 4 · headdim flops per pair.
+    Grid: works = blocks_m · nheads · batch, or fewer programs that do several each; blocks of one head are neighbours,
+    and so are the heads that share keys. With a right edge the longest blocks come first. Registers: acc
+    [BLOCK_M, D + D2] and s [BLOCK_M, BLOCK_N] in float32; shared memory: q, and num_stages tiles of k and v. Bound by
+    the tensor cores: 4 · headdim flops per pair.
     MASKED, WHOLE: whether there can be tiles that need a test for each pair, and tiles that need none.
     Dao, FlashAttention-2, arXiv:2307.08691.
     """
