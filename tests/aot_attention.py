@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+from attention_calls import persistent
 
 import fastattn
 from fastattn.ops.attention import tuning
@@ -102,15 +104,6 @@ def _packed(arch: int) -> Iterator[launch.Launch]:
 def _persistent(arch: int) -> Iterator[launch.Launch]:
     """Persistent grids, which no row uses yet, of tiles that do not spill in them."""
     usual = tuning.row
-
-    def resident(*call: Any) -> tuning.Row:
-        row = usual(*call)
-        fwd, dq, dkdv = (tile._replace(RESIDENT=1) for tile in (row.fwd, row.dq, row.dkdv))
-        return row._replace(fwd=fwd, dq=dq, dkdv=dkdv)
-
-    tuning.row = resident
-    try:
-        for dtype in DTYPES[2]:
-            yield from _calls(arch, dtype, 64, 64, SEQLEN, {})
-    finally:
-        tuning.row = usual
+    with mock.patch.object(tuning, "row", lambda *call: persistent(usual(*call))):
+        found = [each for dtype in DTYPES[2] for each in _calls(arch, dtype, 64, 64, SEQLEN, {})]
+    yield from found

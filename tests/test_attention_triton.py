@@ -13,7 +13,7 @@ from typing import Any
 import law
 import pytest
 import torch
-from attention_calls import DEVICE, NHEADS, Calls
+from attention_calls import DEVICE, NHEADS, Calls, persistent
 
 import fastattn
 from fastattn.ops.attention import _philox, attention, attention_weights, reference, tuning
@@ -248,9 +248,12 @@ PERSISTENT: list[tuple[str, ...]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("programs", [1, 2])
 @pytest.mark.parametrize("names", PERSISTENT, ids="+".join)
-def test_persistent_grid_has_the_same_bits(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two programs do all blocks, each as if it were alone: also after one on the slow road or beyond its sequence."""
+def test_persistent_grid_has_the_same_bits(
+    names: tuple[str, ...], programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program does all blocks as if each were alone, also after one on the slow road or beyond its sequence; so do two."""
     packed = names[0] == "packed"
     tensors, options, wants = with_options(*names[packed:], nheads_k=NHEADS)
     tensors["v"][0, 30, 0] = math.nan
@@ -264,19 +267,14 @@ def test_persistent_grid_has_the_same_bits(names: tuple[str, ...], monkeypatch: 
         grids.append((kernel.__name__, *grid))
         run(kernel, grid, *arguments, **how)
 
-    def resident(*call: Any) -> tuning.Row:
-        usual = row(*call)
-        fwd, dq, dkdv = (tile._replace(RESIDENT=1) for tile in (usual.fwd, usual.dq, usual.dkdv))
-        return usual._replace(fwd=fwd, dq=dq, dkdv=dkdv)
-
     plain = law.run(triton, tensors, options, wants, ("o", "lse"), 0)
-    monkeypatch.setattr(launch, "sms", lambda device: 2)
+    monkeypatch.setattr(launch, "sms", lambda device: programs)
     monkeypatch.setattr(launch, "run", noting)
-    monkeypatch.setattr(tuning, "row", resident)
-    persistent = law.run(triton, tensors, options, wants, ("o", "lse"), 0)
-    assert {(f"attention_{name}_kernel", 2) for name in ("fwd", "bwd_dq", "bwd_dkdv")} <= set(grids)
+    monkeypatch.setattr(tuning, "row", lambda *call: persistent(row(*call)))
+    several = law.run(triton, tensors, options, wants, ("o", "lse"), 0)
+    assert {(f"attention_{name}_kernel", programs) for name in ("fwd", "bwd_dq", "bwd_dkdv")} <= set(grids)
     for name, t in plain.items():
-        torch.testing.assert_close(persistent[name], t, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(several[name], t, rtol=0, atol=0, equal_nan=True)
 
 
 def test_gradient_through_lse_and_strided_gradients() -> None:

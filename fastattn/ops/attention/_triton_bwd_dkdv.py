@@ -93,8 +93,8 @@ def _dkdv_walk(
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + g)
         p, t, visible = probabilities(
-            s, lse[None, :], m0 + here + i, n0 + here + j, seen, bias, slope, seqlen_q, seqlen_k, diagonal, left, right, scale,
-            softcap, FOLD, k_tile.dtype == tl.float32, MASKED,
+            s, lse[None, :], m0 + here + i, n0 + here + j, seen, bias, slope, seqlen_q, seqlen_k, diagonal, left, right,
+            scale, softcap, FOLD, k_tile.dtype == tl.float32, MASKED,
         )  # fmt: skip
         keep = None
         weights = p
